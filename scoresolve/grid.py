@@ -1,0 +1,262 @@
+"""Time grids: where a fixed-grid solver evaluates its model.
+
+A spacing is a monotone variable q(t); its grid is uniform in q between t_start and t_end:
+
+    uniform  t                    log_snr     log(alpha/sigma)        karras   k^(1/rho)
+    quadratic  sqrt(t)            cosine      angle = atan(k)         flow     k/(1 + k)
+    shift  flow time, unshifted   sqrt_angle  sqrt(angle)             with k = sigma/alpha
+
+The end rule is part of the grid: stop at t_end, or add one call that jumps to sigma = 0.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.stats import beta as beta_distribution
+from torch import Tensor
+
+from scoresolve.errors import ArgumentError, GridError, UnknownNameError
+from scoresolve.sde import SDE, DiscreteVP, GaussianSDE
+
+__all__ = ["GRIDS", "Grid", "as_grid", "make_grid"]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Strictly monotone times, and how the last of them ends.
+
+    Args:
+        times: at least two (one if `denoise`), decreasing for sampling, increasing for encoding.
+        denoise: after the last time, call the model once more and jump to its x0 (sigma = 0).
+        name: what the grid is called.
+
+    Raises:
+        GridError: times are not finite, or not strictly monotone, or too few.
+    """
+
+    times: tuple[float, ...]
+    denoise: bool = False
+    name: str = "custom"
+
+    def __post_init__(self) -> None:
+        times = tuple(float(t) for t in self.times)
+        object.__setattr__(self, "times", times)
+        if len(times) < (1 if self.denoise else 2):
+            raise GridError(f"a grid of {len(times)} times has no step: give at least two times")
+        if not all(math.isfinite(t) for t in times):
+            raise GridError(f"the grid holds a time that is not finite: {times}")
+        steps = [s - t for t, s in itertools.pairwise(times)]
+        if not (all(h < 0 for h in steps) or all(h > 0 for h in steps)):
+            i = next((i for i, h in enumerate(steps) if h * steps[0] <= 0), 0)
+            raise GridError(
+                f"times {i} and {i + 1} of the grid are {times[i]:g} and {times[i + 1]:g}: "
+                "times must be strictly monotone"
+            )
+
+    @property
+    def steps(self) -> int:
+        """Number of steps, not counting a final denoising call."""
+        return len(self.times) - 1
+
+    def check(self, sde: SDE) -> None:
+        """Raise `GridError` unless every time lies in the interval [0, T] of `sde`."""
+        low, high = min(self.times), max(self.times)
+        if low < 0 or high > sde.T * (1 + 1e-12):
+            raise GridError(
+                f"the grid covers [{low:g}, {high:g}], outside the interval [0, {sde.T:g}] of {sde}"
+            )
+
+
+@dataclass(frozen=True)
+class _Spacing:
+    forward: Callable[[Tensor], Tensor]
+    inverse: Callable[[Tensor], Tensor]
+
+
+def _of_noise_ratio(
+    sde: SDE, forward: Callable[[Tensor], Tensor], inverse: Callable[[Tensor], Tensor]
+) -> _Spacing:
+    """A spacing in k = sigma/alpha, given by functions of log k."""
+    if not isinstance(sde, GaussianSDE):
+        raise ArgumentError(
+            f"this grid needs the log-SNR, which {sde} does not have: use 'uniform'"
+        )
+    return _Spacing(
+        lambda t: forward(-sde.log_snr(t) / 2),
+        lambda q: sde.time_from_log_snr(-2 * inverse(q)),
+    )
+
+
+def _uniform(sde: SDE) -> _Spacing:
+    return _Spacing(lambda t: t, lambda q: q)
+
+
+def _quadratic(sde: SDE) -> _Spacing:
+    return _Spacing(torch.sqrt, torch.square)
+
+
+def _log_snr(sde: SDE) -> _Spacing:
+    return _of_noise_ratio(sde, lambda log_k: log_k, lambda q: q)
+
+
+def _karras(sde: SDE, rho: float = 7.0) -> _Spacing:
+    return _of_noise_ratio(sde, lambda log_k: (log_k / rho).exp(), lambda q: rho * q.log())
+
+
+def _angle(sde: SDE, power: float = 1.0) -> _Spacing:
+    return _of_noise_ratio(
+        sde,
+        lambda log_k: log_k.exp().atan() ** power,
+        lambda q: (q ** (1 / power)).tan().log(),
+    )
+
+
+def _sqrt_angle(sde: SDE) -> _Spacing:
+    return _angle(sde, power=0.5)
+
+
+def _shift(sde: SDE, shift: float = 3.0) -> _Spacing:
+    return _of_noise_ratio(
+        sde,
+        lambda log_k: torch.sigmoid(log_k - math.log(shift)),
+        lambda q: torch.logit(q) + math.log(shift),
+    )
+
+
+def _flow(sde: SDE) -> _Spacing:
+    return _shift(sde, shift=1.0)
+
+
+_SPACINGS: dict[str, Callable[..., _Spacing]] = {
+    "uniform": _uniform,
+    "quadratic": _quadratic,
+    "log_snr": _log_snr,
+    "karras": _karras,
+    "cosine": _angle,
+    "sqrt_angle": _sqrt_angle,
+    "flow": _flow,
+    "shift": _shift,
+    "polyexponential": _log_snr,
+    "beta": _uniform,
+}
+
+
+def _warp(name: str, u: Tensor, rho: float, a: float, b: float) -> Tensor:
+    """Where on [0, 1] the nodes of a spacing lie; evenly unless the grid is defined otherwise."""
+    if name == "polyexponential":
+        return 1 - (1 - u) ** rho
+    if name == "beta":
+        return torch.from_numpy(1 - beta_distribution.ppf((1 - u).numpy(), a, b))
+    return u
+
+
+def _leading(n: int, steps: int) -> Iterable[float]:
+    return (n // steps) * np.arange(steps)
+
+
+def _linspace(n: int, steps: int) -> Iterable[float]:
+    return np.linspace(0, n - 1, steps).round()
+
+
+def _trailing(n: int, steps: int) -> Iterable[float]:
+    return np.arange(n, 0, -n / steps).round() - 1
+
+
+_INTEGER: dict[str, Callable[[int, int], Iterable[float]]] = {
+    "leading": _leading,
+    "linspace": _linspace,
+    "trailing": _trailing,
+}
+
+GRIDS = (*_SPACINGS, *_INTEGER)
+
+
+def make_grid(
+    name: str,
+    sde: SDE,
+    steps: int,
+    t_start: float | None = None,
+    t_end: float | None = None,
+    denoise: bool | None = None,
+    *,
+    rho: float | None = None,
+    shift: float = 3.0,
+    a: float = 0.6,
+    b: float = 0.6,
+) -> Grid:
+    """The named grid of `steps` steps from `t_start` to `t_end`.
+
+    Args:
+        name: one of `GRIDS`. "leading", "linspace" and "trailing" are the integer grids of DDPM
+            for `DiscreteVP`: `steps` timesteps, whose natural end is the denoising call.
+        sde: the process.
+        steps: number of steps, >= 1 (the denoising call comes on top; integer grids include it).
+        t_start: first time; the process's T if omitted.
+        t_end: last time; the process's t_min if omitted. May exceed t_start, for encoding.
+        denoise: the end rule; if omitted, False (True for the integer grids).
+        rho: exponent of "karras" (7 if omitted) and of "polyexponential" (1 if omitted).
+        shift: factor of sigma/alpha in "shift", > 0.
+        a, b: parameters of the "beta" grid, > 0.
+
+    Returns:
+        A `Grid` whose first and last times are exactly `t_start` and `t_end`.
+
+    Raises:
+        UnknownNameError: no such grid.
+        GridError: the interval is empty or leaves the process's.
+        ArgumentError: the grid does not fit the process, or `steps` is not a positive integer.
+
+    Source:
+        karras: Karras et al. 2022 (2206.00364), eq. 5. quadratic: Song et al. 2020 (2010.02502),
+        appendix D.3. log_snr: Lu et al. 2022 (2206.00927), section 3.3. beta: Lee et al. 2024
+        (2407.12173), section 3.2. shift: Esser et al. 2024 (2403.03206), eq. 23. Integer grids:
+        Lin et al. 2023 (2305.08891), table 2.
+    """
+    if name not in GRIDS:
+        raise UnknownNameError("grid", name, GRIDS)
+    if int(steps) != steps or steps < 1:
+        raise ArgumentError(f"steps = {steps}: give a whole number of at least 1")
+    steps = int(steps)
+    if name in _INTEGER:
+        return _integer_grid(name, sde, steps, True if denoise is None else denoise)
+    start = sde.T if t_start is None else float(t_start)
+    end = sde.t_min if t_end is None else float(t_end)
+    if name == "karras":
+        spacing = _karras(sde, 7.0 if rho is None else rho)
+    elif name == "shift":
+        spacing = _shift(sde, shift)
+    else:
+        spacing = _SPACINGS[name](sde)
+    Grid((start, end)).check(sde)
+    q = spacing.forward(torch.tensor([start, end], dtype=torch.float64))
+    if not torch.isfinite(q).all():
+        raise GridError(
+            f"the grid {name!r} is singular at t = {start:g} or {end:g}, where alpha or sigma "
+            "vanishes: move that end inside, or choose 'uniform', 'cosine' or 'flow'"
+        )
+    u = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    u = _warp(name, u, 1.0 if rho is None else rho, a, b)
+    inner = spacing.inverse(q[0] + u * (q[1] - q[0]))[1:-1].tolist()
+    return Grid((start, *inner, end), bool(denoise), name)
+
+
+def _integer_grid(name: str, sde: SDE, steps: int, denoise: bool) -> Grid:
+    if not isinstance(sde, DiscreteVP):
+        raise ArgumentError(f"the grid {name!r} is made of integer timesteps: it needs DiscreteVP")
+    if steps > sde.T:
+        raise ArgumentError(f"{steps} timesteps asked of a chain of {sde.T:g}")
+    timesteps = sorted({float(n) for n in _INTEGER[name](int(sde.T), steps)}, reverse=True)
+    return Grid(tuple(n + 1 for n in timesteps), denoise, name)
+
+
+def as_grid(grid: Grid | Sequence[float] | Tensor, denoise: bool | None = None) -> Grid:
+    """A user's times as a `Grid`; `denoise` overrides the grid's own end rule if it is given."""
+    if not isinstance(grid, Grid):
+        grid = Grid(tuple(float(t) for t in grid))
+    return grid if denoise is None else Grid(grid.times, denoise, grid.name)

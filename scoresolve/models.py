@@ -1,0 +1,378 @@
+"""Models: what a network predicts, and how to read it as anything else.
+
+Every prediction in use is a combination m = p x0 + q eps of the clean data and the noise in
+x_t = alpha x0 + sigma eps:
+
+    x0: (1, 0)   eps: (0, 1)   v: (-sigma, alpha)   flow: (alpha', sigma')   score: (0, -1/sigma)
+
+Two of x_t, m fix x0 and eps, so m_b = u x_t + w m_a; `conversion` gives u and w. In expectation
+over x0 given x_t this is Tweedie's identity (Efron 2011; Vincent 2011).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scoresolve.errors import ArgumentError, ShapeError, UnknownNameError
+from scoresolve.sde import (
+    EDM,
+    SDE,
+    DiscreteVP,
+    GaussianSDE,
+    SchedulePoint,
+    TimeLike,
+    as_time,
+    expand,
+)
+
+__all__ = [
+    "PREDICTIONS",
+    "EnergyModel",
+    "Model",
+    "NetworkModel",
+    "as_model",
+    "conversion",
+    "from_denoiser",
+    "from_discrete",
+    "from_energy",
+    "from_eps",
+    "from_flow",
+    "from_v",
+    "from_x0",
+    "prediction_rows",
+]
+
+PREDICTIONS = ("score", "eps", "x0", "v", "flow")
+Number = float | Tensor
+
+
+def prediction_rows(prediction: str, at: SchedulePoint) -> tuple[Number, Number]:
+    """p and q of the prediction m = p x0 + q eps at one point of the schedule.
+
+    For the score, which is eps / -sigma, they are those of eps, so that sigma may vanish.
+
+    Raises:
+        UnknownNameError: `prediction` is not in `PREDICTIONS`.
+    """
+    if prediction == "x0":
+        return 1.0, 0.0
+    if prediction in ("eps", "score"):
+        return 0.0, 1.0
+    if prediction == "v":
+        return -at.sigma, at.alpha
+    if prediction == "flow":
+        return at.alpha_dot, at.sigma_dot
+    raise UnknownNameError("prediction", prediction, PREDICTIONS)
+
+
+def _ratio(numerator: Number, denominator: Number) -> Number:
+    if isinstance(denominator, Tensor) or isinstance(numerator, Tensor):
+        return numerator / denominator
+    if denominator == 0:
+        return 0.0 if numerator == 0 else math.copysign(math.inf, numerator)
+    return numerator / denominator
+
+
+def conversion(
+    source: str, target: str, at: SchedulePoint, target_at: SchedulePoint | None = None
+) -> tuple[Number, Number]:
+    """Coefficients u, w of m_target = u x + w m_source.
+
+    No term divides by alpha or sigma unless the target truly cannot be had from the source
+    there (x0 from eps at alpha = 0, eps from x0 at sigma = 0); then a coefficient is not finite.
+
+    Args:
+        source, target: names of `PREDICTIONS`.
+        at: the schedule where `x` and the source prediction live.
+        target_at: the schedule of the target prediction, at the same log-SNR; `at` if omitted.
+
+    Returns:
+        u and w, numbers or tensors as in `at`.
+
+    Raises:
+        UnknownNameError: a name is not in `PREDICTIONS`.
+
+    Source:
+        Salimans and Ho 2022 (2202.00512), appendix D, and Lipman et al. 2022 (2210.02747),
+        section 4, are special cases.
+    """
+    target_at = target_at or at
+    p_a, q_a = prediction_rows(source, at)
+    p_b, q_b = prediction_rows(target, target_at)
+    if source == target and (target_at is at or source in ("x0", "eps")):
+        return 0.0, 1.0
+    u: Number = 0.0
+    w: Number = 1.0
+    if not {source, target} <= {"eps", "score"}:
+        determinant = at.alpha * q_a - at.sigma * p_a
+        u = _ratio(p_b * q_a - q_b * p_a, determinant)
+        w = _ratio(at.alpha * q_b - at.sigma * p_b, determinant)
+    if source == "score":
+        w = -at.sigma * w
+    if target == "score":
+        u, w = _ratio(-1.0 * u, target_at.sigma), _ratio(-w, target_at.sigma)
+    return u, w
+
+
+def _combine(u: Number, x: Tensor, w: Number, m: Tensor, t: TimeLike) -> Tensor:
+    result = m if isinstance(w, float) and w == 1 else expand(torch.as_tensor(w), x, t) * m
+    if isinstance(u, float) and u == 0:
+        return result
+    return expand(torch.as_tensor(u), x, t) * x + result
+
+
+class Model(ABC):
+    """A score model: callable as `score(x, t, **cond)`, readable as any prediction.
+
+    Attributes:
+        sde: the process whose time the model lives in; None if it is at home in any.
+    """
+
+    sde: SDE | None
+
+    @abstractmethod
+    def predict(self, prediction: str, x: Tensor, t: TimeLike, **cond: Any) -> Tensor:
+        """The named prediction at state `x` [B, *event] and time `t` [] or [B], shape of `x`."""
+
+    def __call__(self, x: Tensor, t: TimeLike, **cond: Any) -> Tensor:
+        return self.predict("score", x, t, **cond)
+
+    def bind(self, prediction: str) -> tuple[str, Callable[..., Tensor]]:
+        """The cheapest function to get `prediction` from: its own prediction's name and it."""
+        return prediction, partial(self.predict, prediction)
+
+    def on(self, sde: GaussianSDE) -> Model:
+        """This model as a model of another Gaussian process, matched at equal log-SNR."""
+        if self.sde is None or self.sde == sde:
+            return self
+        if not isinstance(self.sde, GaussianSDE) or not isinstance(sde, GaussianSDE):
+            raise ArgumentError(
+                f"a model of {self.sde} cannot be used with {sde}: only Gaussian processes "
+                "can be matched by their log-SNR"
+            )
+        return _TransportedModel(self, sde)
+
+
+class NetworkModel(Model):
+    """A network together with what it predicts.
+
+    Args:
+        net: callable `net(x, t, **cond)` returning the prediction, shape of `x`.
+        sde: its process; None for a plain score that is at home in any process.
+        prediction: one of `PREDICTIONS`.
+
+    Raises:
+        ArgumentError: a prediction other than the score for a process that is not Gaussian.
+        UnknownNameError: `prediction` is not in `PREDICTIONS`.
+    """
+
+    def __init__(self, net: Callable[..., Tensor], sde: SDE | None, prediction: str) -> None:
+        if prediction not in PREDICTIONS:
+            raise UnknownNameError("prediction", prediction, PREDICTIONS)
+        if prediction != "score" and not isinstance(sde, GaussianSDE):
+            raise ArgumentError(
+                f"{prediction!r} is defined for Gaussian processes only, not for {sde}: "
+                "give the score"
+            )
+        self.net, self.sde, self.prediction = net, sde, prediction
+
+    def native(self, x: Tensor, t: TimeLike, **cond: Any) -> Tensor:
+        """The network's own prediction at `x` [B, *event] and `t` [] or [B]."""
+        return self.net(x, t, **cond)
+
+    def bind(self, prediction: str) -> tuple[str, Callable[..., Tensor]]:
+        return self.prediction, self.native if self._overrides_native else self.net
+
+    @property
+    def _overrides_native(self) -> bool:
+        return type(self).native is not NetworkModel.native
+
+    def predict(self, prediction: str, x: Tensor, t: TimeLike, **cond: Any) -> Tensor:
+        m = self.native(x, t, **cond)
+        if m.shape != x.shape:
+            raise ShapeError(
+                f"the model returned shape {tuple(m.shape)} for x of shape {tuple(x.shape)}: "
+                "return one value per element of x"
+            )
+        if prediction == self.prediction:
+            return m
+        if isinstance(self.sde, GaussianSDE):
+            time = as_time(t, x)
+            u, w = conversion(self.prediction, prediction, self.sde.point(time))
+            return _combine(u, x, w, m, time)
+        if prediction == "flow" and self.sde is not None:
+            return self.sde.probability_flow_drift(x, t, lambda *_: m)
+        raise ArgumentError(f"{prediction!r} needs a Gaussian process, got {self.sde}")
+
+
+class EnergyModel(NetworkModel):
+    """A model given by its energy: score = -grad_x energy(x, t).
+
+    Args:
+        energy: callable `energy(x, t, **cond)` returning [B], differentiable in `x`;
+            p_t(x) is proportional to exp(-energy).
+    """
+
+    def __init__(self, energy: Callable[..., Tensor]) -> None:
+        super().__init__(energy, None, "score")
+        self.energy = energy
+
+    def native(self, x: Tensor, t: TimeLike, **cond: Any) -> Tensor:
+        keep_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            leaf = x if x.requires_grad else x.detach().requires_grad_()
+            energy = self.energy(leaf, t, **cond)
+            if energy.shape != x.shape[:1]:
+                raise ShapeError(
+                    f"the energy returned shape {tuple(energy.shape)} for x of shape "
+                    f"{tuple(x.shape)}: return one energy per sample, [B]"
+                )
+            (gradient,) = torch.autograd.grad(energy.sum(), leaf, create_graph=keep_graph)
+        return -gradient
+
+
+class _TransportedModel(Model):
+    """`model` read in the time and scale of another process `sde` with the same log-SNR."""
+
+    def __init__(self, model: Model, sde: GaussianSDE) -> None:
+        self.model, self.sde = model, sde
+
+    def predict(self, prediction: str, x: Tensor, t: TimeLike, **cond: Any) -> Tensor:
+        home, sde = self.model.sde, self.sde
+        assert isinstance(home, GaussianSDE) and isinstance(sde, GaussianSDE)
+        time = as_time(t, x)
+        home_time = home.time_from_log_snr(sde.log_snr(time))
+        here, there = sde.point(time), home.point(home_time)
+        # alpha_home/alpha, written so that it stays finite where alpha vanishes
+        scale = ((there.alpha**2 + there.sigma**2) / (here.alpha**2 + here.sigma**2)) ** 0.5
+        source, function = self.model.bind(prediction)
+        x_home = expand(scale, x, time) * x
+        m = function(x_home, home_time.to(time.dtype), **cond)
+        u, w = conversion(source, prediction, there, here)
+        return _combine(u, x_home, w, m, time)
+
+
+def as_model(score: Model | Callable[..., Tensor], sde: SDE) -> Model:
+    """Any score callable as a `Model` of `sde`; a model of another Gaussian process is matched."""
+    if isinstance(score, Model):
+        return score.on(sde) if isinstance(sde, GaussianSDE) else score
+    if not callable(score):
+        raise ArgumentError(f"score is {type(score).__name__}: give a callable score(x, t)")
+    return NetworkModel(score, sde, "score")
+
+
+def from_eps(net: Callable[..., Tensor], sde: GaussianSDE) -> Model:
+    """A network that predicts the noise: net(x_t, t) = E[eps | x_t].
+
+    Args:
+        net: callable `net(x, t, **cond)`, shape of `x`; `t` is the time of `sde`.
+        sde: the process it was trained on.
+
+    Source:
+        Ho et al. 2020 (2006.11239), eq. 14.
+    """
+    return NetworkModel(net, sde, "eps")
+
+
+def from_x0(net: Callable[..., Tensor], sde: GaussianSDE) -> Model:
+    """A network that predicts the clean data: net(x_t, t) = E[x_0 | x_t].
+
+    Args:
+        net: callable `net(x, t, **cond)`, shape of `x`; `t` is the time of `sde`.
+        sde: the process it was trained on.
+    """
+    return NetworkModel(net, sde, "x0")
+
+
+def from_v(net: Callable[..., Tensor], sde: GaussianSDE) -> Model:
+    """A network that predicts v = alpha eps - sigma x_0.
+
+    Args:
+        net: callable `net(x, t, **cond)`, shape of `x`; `t` is the time of `sde`.
+        sde: the process it was trained on.
+
+    Source:
+        Salimans and Ho 2022 (2202.00512), section 4 and appendix D.
+    """
+    return NetworkModel(net, sde, "v")
+
+
+def from_flow(net: Callable[..., Tensor], sde: GaussianSDE) -> Model:
+    """A network that predicts the velocity dx_t/dt = alpha' x_0 + sigma' eps.
+
+    Time runs from data (0) to noise; a network of the opposite convention is
+    `lambda x, t: -net(x, 1 - t)`.
+
+    Args:
+        net: callable `net(x, t, **cond)`, shape of `x`; `t` is the time of `sde`.
+        sde: the process it was trained on, usually `RectifiedFlow()`.
+
+    Source:
+        Lipman et al. 2022 (2210.02747), section 4.
+    """
+    return NetworkModel(net, sde, "flow")
+
+
+def from_denoiser(net: Callable[..., Tensor], sde: EDM | None = None) -> Model:
+    """A denoiser D(x_0 + sigma eps, sigma) = E[x_0 | x] of EDM or k-diffusion.
+
+    It lives in the process `EDM`, whose time is sigma; with another process the verbs match
+    it by log-SNR.
+
+    Args:
+        net: callable `net(x, sigma, **cond)`, shape of `x`.
+        sde: the range of sigma it was trained on; `EDM()` if omitted.
+
+    Source:
+        Karras et al. 2022 (2206.00364), eq. 2-3.
+    """
+    return NetworkModel(net, sde or EDM(), "x0")
+
+
+def from_energy(energy: Callable[..., Tensor]) -> EnergyModel:
+    """The score -grad_x energy(x, t) of p_t proportional to exp(-energy).
+
+    Args:
+        energy: callable `energy(x, t, **cond)` returning [B], differentiable in `x`.
+    """
+    return EnergyModel(energy)
+
+
+def from_discrete(
+    net: Callable[..., object],
+    alphas_cumprod: Sequence[float] | Tensor,
+    prediction: str = "eps",
+    quantize: bool = False,
+) -> Model:
+    """A network with integer timesteps 0..N-1, as a model of `DiscreteVP(alphas_cumprod)`.
+
+    Args:
+        net: callable `net(x, timestep, **cond)` returning a tensor of the shape of `x`, or an
+            object that holds it as `.sample`; `timestep` is [B], one below the process's time.
+        alphas_cumprod: [N], decreasing in (0, 1).
+        prediction: what the network predicts, one of `PREDICTIONS`.
+        quantize: round timesteps to the nearest integer and pass int64; otherwise a time
+            between two integers is passed as it is.
+
+    Source:
+        Ho et al. 2020 (2006.11239), section 2.
+    """
+    sde = DiscreteVP(alphas_cumprod)
+    last = int(sde.T) - 1
+
+    def timestep_net(x: Tensor, t: TimeLike, **cond: Any) -> Tensor:
+        timestep = as_time(t, x) - 1
+        if quantize:
+            timestep = timestep.round().long().clamp(0, last)
+        out = net(x, timestep, **cond)
+        result: Tensor = out if isinstance(out, Tensor) else out.sample  # type: ignore[attr-defined]
+        return result
+
+    return NetworkModel(timestep_net, sde, prediction)

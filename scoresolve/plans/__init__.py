@@ -1,0 +1,35 @@
+"""Plans: a solver traced over a time grid, as data that runs and has an exact law."""
+
+from scoresolve.plans.executor import (
+    Interrupted,
+    StepReport,
+    check_output,
+    check_state,
+    model_time,
+)
+from scoresolve.plans.law import Law
+from scoresolve.plans.plan import Plan
+from scoresolve.plans.stages import Call, Combine, Custom, Draw, Drift, Kernel, Mark, Stage
+from scoresolve.plans.tracing import Linear, Past, Run, trace
+
+__all__ = [
+    "Call",
+    "Combine",
+    "Custom",
+    "Draw",
+    "Drift",
+    "Interrupted",
+    "Kernel",
+    "Law",
+    "Linear",
+    "Mark",
+    "Past",
+    "Plan",
+    "Run",
+    "Stage",
+    "StepReport",
+    "check_output",
+    "check_state",
+    "model_time",
+    "trace",
+]

@@ -1,0 +1,231 @@
+"""The exact law of a plan on Gaussian data.
+
+For x_0 ~ N(mu, Sigma) every prediction is affine in x and acts on each eigenvector of Sigma
+alone: with eigenvalue v, E[p x0 + q eps | x] = p mu + k (x - alpha mu),
+k = (p alpha v + q sigma) / (alpha^2 v + sigma^2). So the output of a plan is
+
+    y = gain x_T + offset + sum_k c_k z_k
+
+per eigenvector: the offset by one pass forwards, the gain and all c_k by one pass backwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from scoresolve.errors import ArgumentError, ShapeError
+from scoresolve.models import prediction_rows
+from scoresolve.plans.stages import Call, Combine, Draw, Mark
+from scoresolve.sde import SchedulePoint
+
+if TYPE_CHECKING:
+    from scoresolve.plans.plan import Plan
+
+__all__ = ["Law", "propagate"]
+
+
+@dataclass(frozen=True)
+class Law:
+    """Exact output law of a plan on Gaussian data, per eigenvector of the data covariance.
+
+    Attributes:
+        basis: eigenvectors as columns, [D, D]; None if the covariance was diagonal.
+        gain: derivative of the output with respect to the start, [D].
+        noise_variance: variance that the solver's own noise adds, [D].
+        output_mean: mean of the output in the basis, [D].
+        start_mean, start_variance: law of the start in the basis, [D].
+        target_mean, target_variance: law that a perfect solver would reach, [D]: the marginal
+            at the last time, or its denoised law if the plan ends with a call to sigma = 0.
+        target_gain: derivative of the exact probability-flow map, [D].
+    """
+
+    basis: Tensor | None
+    gain: Tensor
+    noise_variance: Tensor
+    output_mean: Tensor
+    start_mean: Tensor
+    start_variance: Tensor
+    target_mean: Tensor
+    target_variance: Tensor
+    target_gain: Tensor
+
+    @property
+    def output_variance(self) -> Tensor:
+        """Variance of the output along the eigenvectors, [D]."""
+        return self.gain**2 * self.start_variance + self.noise_variance
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of the output, [D]."""
+        return self.output_mean if self.basis is None else self.basis @ self.output_mean
+
+    @property
+    def covariance(self) -> Tensor:
+        """Covariance of the output, [D, D]."""
+        return self._matrix(self.output_variance)
+
+    @property
+    def cross_covariance(self) -> Tensor:
+        """Covariance of the output with the start, [D, D]."""
+        return self._matrix(self.gain * self.start_variance)
+
+    @property
+    def mean_error(self) -> float:
+        """RMS over coordinates of output mean minus target mean."""
+        return float((self.output_mean - self.target_mean).square().mean().sqrt())
+
+    @property
+    def variance_error(self) -> float:
+        """Largest |output variance / target variance - 1| over the eigenvectors."""
+        return float((self.output_variance / self.target_variance - 1).abs().max())
+
+    @property
+    def path_error(self) -> float:
+        """RMS per coordinate between the output and the exact probability-flow image of its start.
+
+        Meaningful for deterministic plans, where it is the strong error.
+        """
+        shift = self.output_mean - self.target_mean
+        slope = self.gain - self.target_gain
+        centre = shift + self.target_gain * (self._marginal_start_mean - self.start_mean)
+        total = centre**2 + slope**2 * self.start_variance + self.noise_variance
+        return float(total.mean().sqrt())
+
+    @property
+    def wasserstein(self) -> float:
+        """2-Wasserstein distance between output law and target law."""
+        spread = self.output_variance.sqrt() - self.target_variance.sqrt()
+        return float(((self.output_mean - self.target_mean) ** 2 + spread**2).sum().sqrt())
+
+    _marginal_start_mean: Tensor
+
+    def _matrix(self, diagonal: Tensor) -> Tensor:
+        if self.basis is None:
+            return torch.diag(diagonal)
+        return self.basis * diagonal @ self.basis.T
+
+
+def propagate(
+    plan: Plan,
+    mean: Tensor | Sequence[float] | float,
+    covariance: Tensor | Sequence[Any] | float,
+    start: str,
+) -> Law:
+    """The law of `plan`; see `Plan.law`."""
+    if plan.start is None or plan.end is None or plan.prior_std is None:
+        raise ArgumentError(
+            f"{plan.process} is not a Gaussian process: its plans have no exact law"
+        )
+    if opaque := next(
+        (s for s in plan.stages if not isinstance(s, Call | Combine | Draw | Mark)), None
+    ):
+        raise ArgumentError(
+            f"the plan of {plan.solver!r} has a {opaque.kind} stage at t = {opaque.t:g}, which is "
+            "not linear: it has no exact law"
+        )
+    mu, variance, basis = _eigen(mean, covariance)
+    affine = {
+        i: _prediction(stage.prediction, stage.point, mu, variance)
+        for i, stage in enumerate(plan.stages)
+        if isinstance(stage, Call) and stage.point is not None
+    }
+    marginal_mean = plan.start.alpha * mu
+    marginal_variance = plan.start.alpha**2 * variance + plan.start.sigma**2
+    if start == "prior":
+        start_mean = torch.zeros_like(mu)
+        start_variance = torch.full_like(mu, plan.prior_std**2)
+    elif start == "marginal":
+        start_mean, start_variance = marginal_mean, marginal_variance
+    else:
+        raise ArgumentError(f"start = {start!r}: choose 'prior' or 'marginal'")
+
+    values: dict[int, Tensor] = {0: start_mean}
+    for i, stage in enumerate(plan.stages):
+        if isinstance(stage, Call):
+            slope, shift = affine[i]
+            values[stage.out] = slope * values[stage.x] + shift
+        elif isinstance(stage, Draw):
+            values[stage.out] = torch.zeros_like(mu)
+        elif isinstance(stage, Combine):
+            values[stage.out] = sum(
+                (c * values[r] for r, c in stage.terms), start=torch.zeros_like(mu)
+            )
+
+    adjoint: dict[int, Tensor] = {plan.output: torch.ones_like(mu)}
+    noise_variance = torch.zeros_like(mu)
+    for i, stage in reversed(list(enumerate(plan.stages))):
+        if isinstance(stage, Mark) or stage.out not in adjoint:
+            continue
+        weight = adjoint.pop(stage.out)
+        if isinstance(stage, Draw):
+            noise_variance = noise_variance + weight**2
+            continue
+        terms = stage.terms if isinstance(stage, Combine) else ((stage.x, affine[i][0]),)
+        for register, coefficient in terms:
+            adjoint[register] = adjoint.get(register, 0.0) + coefficient * weight
+
+    end_variance = plan.end.alpha**2 * variance + plan.end.sigma**2
+    target_gain = (end_variance / marginal_variance).sqrt()
+    target_mean, target_variance = plan.end.alpha * mu, end_variance
+    if plan.denoised:
+        shrink, shift = _prediction("x0", plan.end, mu, variance)
+        target_mean = shrink * target_mean + shift
+        target_gain, target_variance = shrink * target_gain, shrink**2 * target_variance
+    return Law(
+        basis=basis,
+        gain=adjoint.get(0, torch.zeros_like(mu)),
+        noise_variance=noise_variance,
+        output_mean=values[plan.output],
+        start_mean=start_mean,
+        start_variance=start_variance,
+        target_mean=target_mean,
+        target_variance=target_variance,
+        target_gain=target_gain,
+        _marginal_start_mean=marginal_mean,
+    )
+
+
+def _eigen(
+    mean: Tensor | Sequence[float] | float, covariance: Tensor | Sequence[Any] | float
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    mu = torch.as_tensor(mean, dtype=torch.float64).detach().cpu()
+    mu = mu[None] if mu.ndim == 0 else mu
+    sigma = torch.as_tensor(covariance, dtype=torch.float64).detach().cpu()
+    dimension = max(mu.shape[0], sigma.shape[-1] if sigma.ndim else 1)
+    if mu.ndim > 1 or sigma.ndim > 2 or mu.shape[0] not in (1, dimension):
+        raise ShapeError(
+            f"mean of shape {tuple(mu.shape)} and covariance of shape {tuple(sigma.shape)}: "
+            "give [D] and [D, D], [D] or a number"
+        )
+    if sigma.ndim == 2 and sigma.shape[0] != sigma.shape[1]:
+        raise ShapeError(f"covariance of shape {tuple(sigma.shape)} is not square")
+    if sigma.ndim and sigma.shape[-1] != dimension:
+        raise ShapeError(f"covariance has D = {sigma.shape[-1]}, the mean has D = {dimension}")
+    mu = mu.expand(dimension).clone()
+    if sigma.ndim < 2:
+        variance, basis = sigma.expand(dimension).clone(), None
+    else:
+        if not torch.allclose(sigma, sigma.T):
+            raise ArgumentError("the covariance is not symmetric")
+        variance, basis = torch.linalg.eigh(sigma)
+        mu = basis.T @ mu
+    if variance.min() < -1e-10 * variance.abs().max():
+        raise ArgumentError(f"the covariance has the negative eigenvalue {float(variance.min()):g}")
+    return mu, variance.clamp(min=0.0), basis
+
+
+def _prediction(
+    prediction: str, at: SchedulePoint, mu: Tensor, variance: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Slope and shift of the prediction as an affine function of x, per eigenvector."""
+    p, q = prediction_rows(prediction, at)
+    total = at.alpha**2 * variance + at.sigma**2
+    slope = (p * at.alpha * variance + q * at.sigma) / total
+    if prediction == "score":
+        slope, p = -1 / total, 0.0
+    return slope, p * mu - slope * at.alpha * mu

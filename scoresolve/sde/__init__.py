@@ -1,0 +1,37 @@
+"""Stochastic processes from data (t = 0) to noise (t = T), one file a kind."""
+
+from scoresolve.sde.base import SDE, Score, TimeLike, as_time, expand
+from scoresolve.sde.discrete import (
+    DiscreteVP,
+    cosine_betas,
+    linear_betas,
+    scaled_linear_betas,
+)
+from scoresolve.sde.flow import RectifiedFlow
+from scoresolve.sde.gaussian import GaussianSDE, SchedulePoint
+from scoresolve.sde.langevin import Langevin, UnderdampedLangevin
+from scoresolve.sde.ve import EDM, VE
+from scoresolve.sde.vp import VP, CosineVP, SubVP, VariancePreserving
+
+__all__ = [
+    "EDM",
+    "SDE",
+    "VE",
+    "VP",
+    "CosineVP",
+    "DiscreteVP",
+    "GaussianSDE",
+    "Langevin",
+    "RectifiedFlow",
+    "SchedulePoint",
+    "Score",
+    "SubVP",
+    "TimeLike",
+    "UnderdampedLangevin",
+    "VariancePreserving",
+    "as_time",
+    "cosine_betas",
+    "expand",
+    "linear_betas",
+    "scaled_linear_betas",
+]

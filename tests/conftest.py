@@ -1,0 +1,19 @@
+"""What every test shares: reproducible hypothesis runs and a bounded number of threads.
+
+`derandomize=True` draws the same examples in each run, so a failure is always seen again.
+"""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "scoresolve",
+    derandomize=True,
+    deadline=None,
+    max_examples=25,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("scoresolve")
+torch.set_num_threads(2)
