@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scoresolve.errors import ArgumentError, ShapeError, UnknownNameError
 from scoresolve.sde import (
@@ -184,15 +184,20 @@ class NetworkModel(Model):
         self.net, self.sde, self.prediction = net, sde, prediction
 
     def native(self, x: Tensor, t: TimeLike, **cond: Any) -> Tensor:
-        """The network's own prediction at `x` [B, *event] and `t` [] or [B]."""
-        return self.net(x, t, **cond)
+        """The network's own prediction at `x` [B, *event] and `t` [] or [B], in `x`'s dtype.
+
+        An `nn.Module` is called in the dtype of its parameters.
+        """
+        parameter = next(self.net.parameters(), None) if isinstance(self.net, nn.Module) else None
+        if parameter is None or parameter.dtype == x.dtype:
+            return self.net(x, t, **cond)
+        return self.net(x.to(parameter.dtype), as_time(t, x).to(parameter.dtype), **cond).to(
+            x.dtype
+        )
 
     def bind(self, prediction: str) -> tuple[str, Callable[..., Tensor]]:
-        return self.prediction, self.native if self._overrides_native else self.net
-
-    @property
-    def _overrides_native(self) -> bool:
-        return type(self).native is not NetworkModel.native
+        plain = type(self) is NetworkModel and not isinstance(self.net, nn.Module)
+        return self.prediction, self.net if plain else self.native
 
     def predict(self, prediction: str, x: Tensor, t: TimeLike, **cond: Any) -> Tensor:
         m = self.native(x, t, **cond)

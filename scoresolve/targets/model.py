@@ -1,0 +1,260 @@
+"""The exact score model of a mixture of Gaussians under any Gaussian process.
+
+Given component k and x_t = alpha x0 + sigma eps, every prediction m = p x0 + q eps has the mean
+
+    E[m | x, k] = p mu_k + (p alpha Sigma_k + q sigma I) V_k^-1 (x - alpha mu_k),
+    V_k = alpha^2 Sigma_k + sigma^2 I,
+
+weighted by w_k(x) proportional to pi_k N(x; alpha mu_k, V_k). Nothing is divided by alpha, nor by
+sigma where Sigma_k has full rank, so it holds at both ends of the process.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from scoresolve.errors import ArgumentError, ShapeError, UnknownNameError
+from scoresolve.models import PREDICTIONS, Model
+from scoresolve.sde import SDE, GaussianSDE, TimeLike, as_time
+from scoresolve.targets.covariance import Covariance, Number, is_timed
+
+__all__ = ["Components", "MixtureModel", "Posterior"]
+
+
+class Posterior(NamedTuple):
+    """Moments of x0 given x_t.
+
+    Attributes:
+        mean: E[x0 | x_t], [B, *event].
+        covariance: Cov[x0 | x_t], [B, D, D].
+    """
+
+    mean: Tensor
+    covariance: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Components:
+    """The parts of a mixture, validated: log-weights [K], means [K, D] and covariances.
+
+    Attributes:
+        event: the event shape, whose elements are the D dimensions.
+    """
+
+    log_weights: Tensor
+    means: Tensor
+    covariance: Covariance[Any]
+    event: torch.Size
+    centres: Any = field(init=False, repr=False)
+    singular: bool = field(init=False)
+    _casts: dict[tuple[torch.dtype, torch.device], Components] = field(
+        init=False, repr=False, default_factory=dict
+    )
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "centres", self.covariance.centres(self.means))
+        object.__setattr__(self, "singular", self.covariance.singular)
+
+    def to(self, dtype: torch.dtype, device: torch.device) -> Components:
+        """The same mixture in another dtype or on another device; kept once made."""
+        if (dtype, device) == (self.means.dtype, self.means.device):
+            return self
+        if (dtype, device) not in self._casts:
+            self._casts[dtype, device] = replace(
+                self,
+                log_weights=self.log_weights.to(device, dtype),
+                means=self.means.to(device, dtype),
+                covariance=self.covariance.to(dtype, device),
+            )
+        return self._casts[dtype, device]
+
+    def at(self, x: Tensor, alpha: Number, sigma: Number) -> Point:
+        """The mixture seen from `x` [B, *event] at one alpha and sigma, [] or [B]."""
+        if x.shape[1:] != self.event or not x.ndim:
+            raise ShapeError(
+                f"x of shape {tuple(x.shape)} for a mixture over events of shape "
+                f"{tuple(self.event)}: give (B, {', '.join(map(str, self.event))})"
+            )
+        if not x.is_floating_point():
+            raise ArgumentError(f"x is {x.dtype}: give a real floating dtype")
+        return Point(self.to(self.covariance.compute_dtype(x.dtype), x.device), x, alpha, sigma)
+
+
+class Point:
+    """Quantities of the mixture's law, sum_k pi_k N(alpha mu_k, V_k), at the points `x`."""
+
+    def __init__(self, parts: Components, x: Tensor, alpha: Number, sigma: Number) -> None:
+        self.parts, self.x = parts, x
+        self.alpha, self.sigma = _like(alpha, parts.means), _like(sigma, parts.means)
+        rows = x.reshape(x.shape[0], parts.means.shape[1]).to(parts.means.dtype)
+        self.resolvent = parts.covariance.at(rows, parts.centres, self.alpha, self.sigma)
+        exponent = self.resolvent.quadratic + self.resolvent.log_det
+        self.logits = torch.sub(parts.log_weights[:, None], exponent, alpha=0.5)
+
+    def log_prob(self) -> Tensor:
+        """log sum_k pi_k N(x; alpha mu_k, V_k), [B]."""
+        constant = self.parts.means.shape[1] / 2 * math.log(2 * math.pi)
+        return (self.logits.logsumexp(0) - constant).to(self.x.dtype)
+
+    def mean(self, p: Number, a: Number, b: Number) -> Tensor:
+        """sum_k w_k [p mu_k + (a Sigma_k + b I) V_k^-1 (x - alpha mu_k)], shape of `x`."""
+        p, a, b = (_like(value, self.parts.means) for value in (p, a, b))
+        weights = self.logits.softmax(0)
+        result = self.resolvent.combine(weights, a, b)
+        if not (isinstance(p, float) and p == 0):
+            result = torch.addmm(result, (p * weights).mT, self.parts.means)
+        return result.to(self.x.dtype).reshape(self.x.shape)
+
+    def divergence(self) -> Tensor:
+        """Trace of the Jacobian of the score, [B].
+
+        sum_k w_k (|s_k|^2 - tr V_k^-1) - |s|^2, with s_k the score of component k.
+        """
+        weights = self.logits.softmax(0)
+        score = self.resolvent.combine(weights, 0.0, -1.0)
+        parts = weights * (self.resolvent.square_norm() - self.resolvent.trace())
+        return (parts.sum(0) - score.square().sum(1)).to(self.x.dtype)
+
+    def posterior(self) -> Posterior:
+        """Moments of x0 given `x`: each component's, and the spread between components."""
+        weights = self.logits.softmax(0)
+        means = self.parts.means[..., None] + self.resolvent.components(self.alpha, 0.0)
+        mean = (weights[:, None] * means).sum(0)
+        spread = means - mean
+        covariance = torch.einsum("kb,kib,kjb->bij", weights, spread, spread)
+        covariance = (covariance + self._within(weights)).to(self.x.dtype)
+        return Posterior(mean.mT.to(self.x.dtype).reshape(self.x.shape), covariance)
+
+    def _within(self, weights: Tensor) -> Tensor:
+        """sum_k w_k sigma^2 Sigma_k V_k^-1, [B, D, D], from the columns of the identity."""
+        weights = weights * self.sigma**2
+        rows = len(self.x) if is_timed(self.alpha) else 1
+        result = []
+        for block in self.parts.covariance.inverses(self.parts.means, self.alpha, self.sigma):
+            columns = block.components(1.0, 0.0)
+            columns = columns.reshape(*columns.shape[:2], rows, -1)
+            result.append(torch.einsum("kb,kibj->bij", weights, columns))
+        return torch.cat(result, 2)
+
+
+class MixtureModel(Model):
+    """The exact score model of a mixture: every prediction, density and divergence.
+
+    It is differentiable and works under `torch.func`. Half precision is computed in float32,
+    isotropic components in float64; results have the dtype of `x`.
+
+    Args:
+        components: the mixture, see `GaussianMixture.score_model`.
+        sde: the process; it must be Gaussian.
+
+    Raises:
+        ArgumentError: `sde` is not Gaussian.
+
+    Source:
+        Bishop 2006, "Pattern Recognition and Machine Learning", eq. 2.113-2.117, for each
+        component.
+    """
+
+    sde: GaussianSDE
+
+    def __init__(self, components: Components, sde: SDE) -> None:
+        if not isinstance(sde, GaussianSDE):
+            raise ArgumentError(
+                f"the marginals of {sde} are not known in closed form: give a Gaussian process"
+            )
+        self.components, self.sde = components, sde
+
+    def on(self, sde: GaussianSDE) -> Model:
+        return self if sde == self.sde else MixtureModel(self.components, sde)
+
+    def predict(self, prediction: str, x: Tensor, t: TimeLike, **cond: object) -> Tensor:
+        """E[prediction | x_t = x], shape of `x`.
+
+        Args:
+            prediction: one of `PREDICTIONS`.
+            x: state [B, *event].
+            t: time, [] or [B].
+            **cond: must be empty, a mixture has no conditions.
+
+        Raises:
+            UnknownNameError: `prediction` is not in `PREDICTIONS`.
+            ShapeError: `x` or `t` has a wrong shape.
+            ArgumentError: there are conditions, or point masses are asked at sigma = 0.
+        """
+        if cond:
+            raise ArgumentError(f"a mixture takes no conditions, got {', '.join(cond)}")
+        time, alpha, sigma = self._levels(x, t)
+        row = self._row(prediction, time, alpha, sigma)
+        return self.components.at(x, alpha, sigma).mean(*row)
+
+    def log_prob(self, x: Tensor, t: TimeLike) -> Tensor:
+        """log p_t(x), [B]; arguments as for `predict`."""
+        _, alpha, sigma = self._levels(x, t)
+        return self.components.at(x, alpha, sigma).log_prob()
+
+    def divergence(self, x: Tensor, t: TimeLike) -> Tensor:
+        """The divergence sum_i d score_i / d x_i, [B], in closed form; arguments as `predict`."""
+        _, alpha, sigma = self._levels(x, t)
+        return self.components.at(x, alpha, sigma).divergence()
+
+    def posterior(self, x: Tensor, t: TimeLike) -> Posterior:
+        """Mean and covariance of x0 given x_t = x.
+
+        Cov[x0 | x] = sum_k w_k (sigma^2 Sigma_k V_k^-1 + (m_k - m)(m_k - m)^T),
+        m_k = E[x0 | x, k], m = sum_k w_k m_k.
+
+        Args:
+            x: state [B, *event].
+            t: time, [] or [B].
+
+        Returns:
+            `Posterior` with mean [B, *event] and covariance [B, D, D].
+        """
+        _, alpha, sigma = self._levels(x, t)
+        return self.components.at(x, alpha, sigma).posterior()
+
+    def _levels(self, x: Tensor, t: TimeLike) -> tuple[Tensor, Tensor, Tensor]:
+        """Time, alpha and sigma, [] where one time serves all rows, else [B]."""
+        time = as_time(t)
+        if time.ndim > 1 or (time.ndim == 1 and time.shape != x.shape[:1]):
+            raise ShapeError(
+                f"t of shape {tuple(time.shape)} for x of shape {tuple(x.shape)}: "
+                "give one time, or one for each row of x"
+            )
+        if time.ndim and len(time) and (time.stride(0) == 0 or len(time) == 1):
+            time = time[0]
+        alpha, sigma = self.sde.alpha(time), self.sde.sigma(time)
+        if self.components.singular and not isinstance(t, Tensor) and sigma == 0:
+            raise ArgumentError(
+                f"the mixture has point masses and t = {t} adds no noise: take a later time"
+            )
+        return time, alpha, sigma
+
+    def _row(
+        self, prediction: str, t: Tensor, alpha: Tensor, sigma: Tensor
+    ) -> tuple[Number, Number, Number]:
+        """(p, p alpha, q sigma) of the prediction m = p x0 + q eps."""
+        if prediction == "score":
+            return 0.0, 0.0, -1.0
+        if prediction == "eps":
+            return 0.0, 0.0, sigma
+        if prediction == "x0":
+            return 1.0, alpha, 0.0
+        if prediction == "v":
+            return -sigma, -sigma * alpha, sigma * alpha
+        if prediction == "flow":
+            alpha_dot, sigma_dot = self.sde.alpha_dot(t), self.sde.sigma_dot(t)
+            # sigma' may be infinite where sigma = 0; (sigma^2)' is then g^2
+            half_rate = torch.where(sigma > 0, sigma * sigma_dot, self.sde.diffusion(t) ** 2 / 2)
+            return alpha_dot, alpha_dot * alpha, half_rate
+        raise UnknownNameError("prediction", prediction, PREDICTIONS)
+
+
+def _like(value: Number, x: Tensor) -> Number:
+    """A coefficient [B] in the dtype and on the device of `x`; a scalar promotes nothing."""
+    return value.to(x) if is_timed(value) else value
