@@ -21,7 +21,7 @@ import torch
 from scipy.stats import beta as beta_distribution
 from torch import Tensor
 
-from scoresolve.errors import ArgumentError, GridError, UnknownNameError
+from scoresolve.errors import ArgumentError, GridError, UnknownNameError, whole_number
 from scoresolve.sde import SDE, DiscreteVP, GaussianSDE
 
 __all__ = ["GRIDS", "Grid", "as_grid", "make_grid"]
@@ -165,7 +165,7 @@ def _linspace(n: int, steps: int) -> Iterable[float]:
 
 
 def _trailing(n: int, steps: int) -> Iterable[float]:
-    return np.arange(n, 0, -n / steps).round() - 1
+    return (n - np.arange(steps) * n / steps).round() - 1
 
 
 _INTEGER: dict[str, Callable[[int, int], Iterable[float]]] = {
@@ -220,10 +220,15 @@ def make_grid(
     """
     if name not in GRIDS:
         raise UnknownNameError("grid", name, GRIDS)
-    if int(steps) != steps or steps < 1:
-        raise ArgumentError(f"steps = {steps}: give a whole number of at least 1")
-    steps = int(steps)
+    steps = whole_number("steps", steps)
+    for option, value in {"rho": rho, "shift": shift, "a": a, "b": b}.items():
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise ArgumentError(f"{option} = {value}: give a positive number")
     if name in _INTEGER:
+        if t_start is not None or t_end is not None:
+            raise ArgumentError(
+                f"the grid {name!r} is fixed by the chain: leave out t_start= and t_end="
+            )
         return _integer_grid(name, sde, steps, True if denoise is None else denoise)
     start = sde.T if t_start is None else float(t_start)
     end = sde.t_min if t_end is None else float(t_end)
@@ -256,7 +261,18 @@ def _integer_grid(name: str, sde: SDE, steps: int, denoise: bool) -> Grid:
 
 
 def as_grid(grid: Grid | Sequence[float] | Tensor, denoise: bool | None = None) -> Grid:
-    """A user's times as a `Grid`; `denoise` overrides the grid's own end rule if it is given."""
-    if not isinstance(grid, Grid):
-        grid = Grid(tuple(float(t) for t in grid))
-    return grid if denoise is None else Grid(grid.times, denoise, grid.name)
+    """A user's times as a `Grid`; `denoise` overrides the grid's own end rule if it is given.
+
+    Raises:
+        GridError: `grid` is not a sequence of times that make a grid.
+    """
+    if isinstance(grid, Grid):
+        return grid if denoise is None else Grid(grid.times, denoise, grid.name)
+    try:
+        times = tuple(float(t) for t in grid)
+    except (TypeError, ValueError) as error:
+        raise GridError(
+            f"the grid is {grid!r}: give a Grid or a sequence of times; a named grid comes from "
+            "make_grid(name, sde, steps)"
+        ) from error
+    return Grid(times, bool(denoise))

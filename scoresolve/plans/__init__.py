@@ -1,7 +1,6 @@
 """Plans: a solver traced over a time grid, as data that runs and has an exact law."""
 
 from scoresolve.plans.executor import (
-    Interrupted,
     StepReport,
     check_output,
     check_state,
@@ -18,7 +17,6 @@ __all__ = [
     "Custom",
     "Draw",
     "Drift",
-    "Interrupted",
     "Kernel",
     "Law",
     "Linear",

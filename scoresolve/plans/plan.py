@@ -110,7 +110,7 @@ class Plan:
             return cls(
                 **{**data, "times": tuple(data["times"])}, start=start, end=end, stages=stages
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ArgumentError(f"this is not a plan written by to_json: {error}") from error
 
     @cached_property
@@ -147,9 +147,15 @@ class Plan:
             ShapeError: the model's output does not have the shape of `x`.
             ArgumentError: `x` is not floating point, noise is missing, or the model is of another
                 process.
-            Interrupted: a keyboard interrupt; carries the state reached.
         """
         if not isinstance(model, Model):
+            if not callable(model):
+                raise ArgumentError(f"the model is {type(model).__name__}: give a score(x, t)")
+            if self.start is None:
+                raise ArgumentError(
+                    f"{self.process} is not Gaussian, so a plan does not know it from its times: "
+                    "give as_model(score, sde)"
+                )
             model = NetworkModel(model, None, "score")
         elif model.sde is not None and repr(model.sde) != self.process:
             raise ArgumentError(

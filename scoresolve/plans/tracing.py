@@ -79,6 +79,7 @@ class Steps(Protocol):
 
     name: str
     predicts: str
+    stochastic: bool
 
     def step(self, x: Linear, t: float, s: float, run: Run) -> Linear: ...
 
@@ -193,7 +194,10 @@ class Run:
     def advance(self, solver: Steps, x: Linear, t: float, s: float) -> Linear:
         """One step of `solver`, recorded in `past` and materialised."""
         self._first_call = None
-        result = Linear({self._materialise(solver.step(x, t, s, self)): 1.0})
+        try:
+            result = Linear({self._materialise(solver.step(x, t, s, self)): 1.0})
+        except ArithmeticError as error:
+            raise self._singular() from error
         if self._first_call is not None and isinstance(self.sde, GaussianSDE):
             state, m = self._first_call
             h = self.log_snr_half(s) - self.log_snr_half(t)
@@ -205,6 +209,14 @@ class Run:
         self.index += 1
         return result
 
+    def _singular(self) -> GridError:
+        t, s = self.times[self.index], self.times[min(self.index + 1, len(self.times) - 1)]
+        return GridError(
+            f"the step from t = {t:g} to {s:g} has a coefficient that is not finite: the solver's "
+            "variables are singular there (alpha = 0 or sigma = 0); move that end of the grid "
+            "inside, or use a solver in v or flow form"
+        )
+
     def _new(self) -> int:
         self._registers += 1
         return self._registers - 1
@@ -214,12 +226,7 @@ class Run:
         if len(terms) == 1 and abs(terms[0][1] - 1.0) < _ULPS:  # a * (x / a) is x
             return terms[0][0]
         if not all(math.isfinite(c) for _, c in terms):
-            t, s = self.times[self.index], self.times[min(self.index + 1, len(self.times) - 1)]
-            raise GridError(
-                f"the step from t = {t:g} to {s:g} has a coefficient that is not finite: the "
-                "solver's variables are singular there (alpha = 0 or sigma = 0); move that end "
-                "of the grid inside, or use a solver in x0 or flow form"
-            )
+            raise self._singular()
         out = self._new()
         self.stages.append(Combine(out, terms))
         return out
@@ -229,15 +236,20 @@ def trace(solver: Steps, sde: SDE, times: Sequence[float], denoise: bool = False
     """Run `solver.step` symbolically over the grid and collect the stages.
 
     Args:
-        solver: anything with `name`, `predicts` and `step`.
+        solver: anything with `name`, `predicts`, `stochastic` and `step`.
         sde: the process.
         times: strictly monotone times inside the process's interval, at least two.
         denoise: end with a call that jumps to the predicted x0 (sigma = 0); counted as NFE.
 
     Raises:
-        GridError: a coefficient is not finite on this grid.
+        GridError: a coefficient is not finite on this grid, or a stochastic solver is to go up.
         ArgumentError: the solver cannot work on this kind of process.
     """
+    if solver.stochastic and times[0] < times[-1]:
+        raise GridError(
+            f"{solver.name!r} runs the reverse SDE, from noise to data, but the grid goes up from "
+            f"t = {times[0]:g} to {times[-1]:g}: give decreasing times, or a deterministic solver"
+        )
     run = Run(sde, times, solver.predicts)
     x = Linear({0: 1.0})
     for t, s in itertools.pairwise(times):

@@ -1,0 +1,41 @@
+"""`python -m benchmarks NAME`: run a benchmark, print its table, write its figures as JSON."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import torch
+
+import scoresolve
+from benchmarks import overhead
+
+BENCHMARKS: dict[str, Callable[[], list[dict[str, object]]]] = {"overhead": overhead.measure}
+
+
+@click.command()
+@click.argument("name", type=click.Choice(list(BENCHMARKS)))
+@click.option("--out", type=click.Path(path_type=Path), help="Write figures and versions as JSON.")
+def main(name: str, out: Path | None) -> None:
+    """Run the benchmark NAME."""
+    rows = BENCHMARKS[name]()
+    columns = list(rows[0])
+    table = [columns, *([str(row[column]) for column in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
+    for line in table:
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
+    if out is not None:
+        machine = {
+            "scoresolve": scoresolve.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "cpu": platform.processor() or platform.machine(),
+        }
+        out.write_text(json.dumps({"benchmark": name, "machine": machine, "rows": rows}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Solvers that choose their steps while they run, and so have a loop of their own.
+
+They integrate dx = drift(x, t) dt + diffusion(t) dw between two times, in either direction, and
+report one status per sample.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from scoresolve.noise import NoiseSource
+
+__all__ = ["Integrator", "RowDrift", "Solution"]
+
+RowDrift = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Where an integration ended.
+
+    Attributes:
+        x: final state, [B, *event]; a failed row holds the last state that was accepted.
+        t: the time each row reached, [B] float64.
+        status: one `Status` per row, [B] int64.
+        nfe: calls of the drift (each for a whole batch).
+        accepted: accepted steps per row, [B] int64.
+        rejected: rejected steps per row, [B] int64.
+    """
+
+    x: Tensor
+    t: Tensor
+    status: Tensor
+    nfe: int
+    accepted: Tensor
+    rejected: Tensor
+
+
+class Integrator(ABC):
+    """A solver with a loop of its own.
+
+    Attributes:
+        name: its name in the registry.
+        order: nominal order of accuracy.
+        stochastic: whether it integrates the reverse SDE instead of the probability flow.
+    """
+
+    name: str
+    order: float
+    stochastic: bool = False
+
+    @abstractmethod
+    def solve(
+        self,
+        drift: RowDrift,
+        x: Tensor,
+        t_start: float,
+        t_end: float,
+        diffusion: Callable[[Tensor], Tensor] | None = None,
+        noise: NoiseSource | None = None,
+    ) -> Solution:
+        """Integrate from `t_start` to `t_end`.
+
+        Args:
+            drift: callable (x [b, *event], t [b], rows [b]) -> shape of `x`, where `rows` tells
+                which samples of the batch these are, as finished ones leave; never called
+                outside the interval.
+            x: state at `t_start`, [B, *event]; not written into.
+            t_start, t_end: times, either one may be the larger.
+            diffusion: g(t), [B] -> [B]; needed by a stochastic integrator.
+            noise: source of randomness; needed by a stochastic integrator.
+        """
