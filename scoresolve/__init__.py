@@ -1,0 +1,82 @@
+"""SDE and ODE solvers for score models, each proved against distributions known in closed form."""
+
+from scoresolve import errors, noise, sde, solvers, targets
+from scoresolve.driving import Samples
+from scoresolve.errors import ScoresolveError, SolveError, Status
+from scoresolve.grid import GRIDS, Grid, make_grid
+from scoresolve.models import (
+    Model,
+    as_model,
+    from_denoiser,
+    from_discrete,
+    from_energy,
+    from_eps,
+    from_flow,
+    from_v,
+    from_x0,
+)
+from scoresolve.noise import BrownianPath, Philox
+from scoresolve.plans import Law, Plan
+from scoresolve.sampling import encode, plan, sample
+from scoresolve.sde import (
+    EDM,
+    SDE,
+    VE,
+    VP,
+    CosineVP,
+    DiscreteVP,
+    GaussianSDE,
+    Langevin,
+    RectifiedFlow,
+    SubVP,
+    UnderdampedLangevin,
+)
+from scoresolve.solvers import Solver, get_solver
+from scoresolve.targets import GaussianMixture
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EDM",
+    "GRIDS",
+    "SDE",
+    "VE",
+    "VP",
+    "BrownianPath",
+    "CosineVP",
+    "DiscreteVP",
+    "GaussianMixture",
+    "GaussianSDE",
+    "Grid",
+    "Langevin",
+    "Law",
+    "Model",
+    "Philox",
+    "Plan",
+    "RectifiedFlow",
+    "Samples",
+    "ScoresolveError",
+    "SolveError",
+    "Solver",
+    "Status",
+    "SubVP",
+    "UnderdampedLangevin",
+    "as_model",
+    "encode",
+    "errors",
+    "from_denoiser",
+    "from_discrete",
+    "from_energy",
+    "from_eps",
+    "from_flow",
+    "from_v",
+    "from_x0",
+    "get_solver",
+    "make_grid",
+    "noise",
+    "plan",
+    "sample",
+    "sde",
+    "solvers",
+    "targets",
+]

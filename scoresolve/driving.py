@@ -1,0 +1,274 @@
+"""The driver behind every verb: chunks, engines, statuses.
+
+A start (given or drawn from the prior) is split into chunks; an engine (a plan or an integrator)
+solves each; the parts are joined with one status per sample, whatever happened on the way.
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from scoresolve.errors import (
+    ArgumentError,
+    ModelWarning,
+    ScoresolveError,
+    SolveError,
+    Status,
+    row_status,
+    whole_number,
+)
+from scoresolve.models import Model, NetworkModel
+from scoresolve.noise import NoiseSource, Purpose
+from scoresolve.plans import Plan, StepReport, check_output, check_state
+from scoresolve.sde import SDE, GaussianSDE
+from scoresolve.solvers import Integrator
+
+__all__ = [
+    "Engine",
+    "Given",
+    "IntegratorEngine",
+    "PlanEngine",
+    "Prior",
+    "Samples",
+    "device_of",
+    "drive",
+    "split_cond",
+    "warn_of_dropout",
+]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What `sample` and `encode` return.
+
+    Attributes:
+        x: final states, [B, *event].
+        status: one `Status` per sample, [B] int64.
+        nfe: network calls per chunk of the batch, counted where the model is called.
+        times: the time grid, empty for a solver that chooses its own.
+        plan: the plan that ran, None for a solver that has none.
+    """
+
+    x: Tensor
+    status: Tensor
+    nfe: int
+    times: tuple[float, ...]
+    plan: Plan | None
+
+    @property
+    def ok(self) -> Tensor:
+        """Which samples are good, [B] bool."""
+        return self.status == int(Status.OK)
+
+
+class Given:
+    """A start that the caller gave."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x, self.batch = x, x.shape[0]
+
+    def rows(self, part: slice) -> Tensor:
+        return self.x[part]
+
+
+class Prior:
+    """A start drawn from the prior, row by row, so that only a chunk exists at a time."""
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        sde: SDE,
+        source: NoiseSource,
+        dtype: torch.dtype | None,
+        device: torch.device | str | None,
+    ) -> None:
+        if not isinstance(sde, GaussianSDE):
+            raise ArgumentError(f"{sde} has no prior: give the start x=")
+        self.shape, self.batch, self.source, self.std = shape, shape[0], source, sde.prior_std
+        self.dtype, self.device = dtype or torch.get_default_dtype(), device
+
+    def rows(self, part: slice) -> Tensor:
+        count = len(range(*part.indices(self.batch)))
+        like = torch.empty((count, *self.shape[1:]), dtype=self.dtype, device=self.device)
+        check_state(like)
+        return self.source.rows(part).normal(like, 0, Purpose.START).mul_(self.std)
+
+
+class Engine(ABC):
+    """How one chunk is solved; returns states, statuses and network calls."""
+
+    steps: int
+    times: tuple[float, ...] = ()
+    plan: Plan | None = None
+
+    @abstractmethod
+    def solve(
+        self,
+        model: Model,
+        x: Tensor,
+        source: NoiseSource,
+        bar: tqdm[object],
+        cond: dict[str, Any],
+    ) -> tuple[Tensor, Tensor, int]:
+        """Solve from `x`; `bar` is updated once a step, `cond` goes to the model."""
+
+
+class PlanEngine(Engine):
+    def __init__(
+        self, plan: Plan, callback: Callable[[StepReport], object] | None, compile: bool
+    ) -> None:
+        if compile and callback is not None:
+            raise ArgumentError("a compiled plan has no steps to report: leave out callback=")
+        self.plan, self.callback, self.compile = plan, callback, compile
+        self.steps, self.times = plan.steps, plan.times
+
+    def solve(
+        self,
+        model: Model,
+        x: Tensor,
+        source: NoiseSource,
+        bar: tqdm[object],
+        cond: dict[str, Any],
+    ) -> tuple[Tensor, Tensor, int]:
+        assert self.plan is not None
+        if self.compile:
+            result = self.plan.compile(model)(x, source, **cond)
+            return result, row_status(result), self.plan.nfe
+
+        def report(step: StepReport) -> None:
+            bar.update()
+            if self.callback is not None:
+                self.callback(step)
+
+        watched = self.callback is not None or not bar.disable
+        result = self.plan.run(model, x, source, report if watched else None, **cond)
+        return result, row_status(result), self.plan.nfe
+
+
+class IntegratorEngine(Engine):
+    steps = 1
+
+    def __init__(
+        self, solver: Integrator, sde: SDE, ends: tuple[float, float], denoise: bool
+    ) -> None:
+        self.solver, self.sde, self.ends, self.denoise = solver, sde, ends, denoise
+
+    def solve(
+        self,
+        model: Model,
+        x: Tensor,
+        source: NoiseSource,
+        bar: tqdm[object],
+        cond: dict[str, Any],
+    ) -> tuple[Tensor, Tensor, int]:
+        def drift(state: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+            held = split_cond(cond, rows, x.shape[0])
+            if self.solver.stochastic:
+                velocity = self.sde.reverse_drift(state, t, model, **held)
+            else:
+                velocity = model.predict("flow", state, t, **held)
+            check_output(velocity, state)
+            return velocity
+
+        found = self.solver.solve(drift, x, *self.ends, diffusion=self.sde.diffusion, noise=source)
+        result, status, nfe = found.x, found.status, found.nfe
+        if self.denoise:
+            t = torch.full((x.shape[0],), self.ends[1], dtype=x.dtype, device=x.device)
+            result, nfe = model.predict("x0", result, t, **cond), nfe + 1
+            status = torch.where(status == int(Status.OK), row_status(result), status)
+        bar.update()
+        return result, status, nfe
+
+
+def drive(
+    engine: Engine,
+    model: Model,
+    start: Given | Prior,
+    source: NoiseSource,
+    chunk: int | None,
+    progress: bool,
+    raise_on_failure: bool,
+    cond: dict[str, Any],
+) -> Samples:
+    """Solve every chunk and join the results; see `sampling.sample` for the arguments."""
+    batch = start.batch
+    size = batch if chunk is None else min(whole_number("chunk", chunk), batch)
+    parts: list[tuple[Tensor, Tensor, int]] = []
+    first = range(0, batch, size) if batch else range(1)
+    total = engine.steps * len(first)
+    with tqdm(total=total, disable=None if progress else True, unit="step") as bar:
+        try:
+            for begin in first:
+                part = slice(begin, begin + size)
+                split = split_cond(cond, part, batch)
+                parts.append(engine.solve(model, start.rows(part), source.rows(part), bar, split))
+                if bool((parts[-1][1] == int(Status.INTERRUPTED)).any()):
+                    break
+        except KeyboardInterrupt:
+            if not parts:
+                raise
+    x = torch.cat([part[0] for part in parts])
+    status = torch.cat([part[1] for part in parts])
+    if missing := batch - x.shape[0]:
+        x = torch.cat([x, x.new_full((missing, *x.shape[1:]), torch.nan)])
+        status = torch.cat([status, status.new_full((missing,), int(Status.INTERRUPTED))])
+    nfe = max(part[2] for part in parts)
+    result = Samples(x, status, nfe, engine.times, engine.plan)
+    if raise_on_failure and not bool(result.ok.all()):
+        raise _failure(result)
+    return result
+
+
+def split_cond(cond: dict[str, Any], part: slice | Tensor, batch: int) -> dict[str, Any]:
+    """The rows `part` of every conditioning tensor whose first axis is the batch."""
+    return {
+        name: value[part]
+        if isinstance(value, Tensor) and value.ndim and value.shape[0] == batch
+        else value
+        for name, value in cond.items()
+    }
+
+
+def _failure(result: Samples) -> ScoresolveError:
+    counts = {
+        Status(code).name: int((result.status == code).sum())
+        for code in sorted(set(result.status.tolist()))
+        if code != Status.OK
+    }
+    listed = ", ".join(f"{count} {name}" for name, count in counts.items())
+    return SolveError(
+        f"{sum(counts.values())} of {result.status.numel()} samples failed ({listed}): see "
+        "`result.status` of this exception; good rows keep their values",
+        result,
+    )
+
+
+def _network(score: object) -> nn.Module | None:
+    net = score.net if isinstance(score, NetworkModel) else score
+    return net if isinstance(net, nn.Module) else None
+
+
+def device_of(score: object) -> torch.device | None:
+    net = _network(score)
+    parameter = next(net.parameters(), None) if net is not None else None
+    return None if parameter is None else parameter.device
+
+
+def warn_of_dropout(score: object) -> None:
+    net = _network(score)
+    noisy = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
+    if net is not None and any(m.training for m in net.modules() if isinstance(m, noisy)):
+        warnings.warn(
+            "the network has dropout or batch norm in train mode, so its output depends on chance "
+            "or on the batch: call net.eval() first",
+            ModelWarning,
+            stacklevel=3,
+        )

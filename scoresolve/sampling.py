@@ -1,0 +1,286 @@
+"""The verbs that move states: plan, sample, encode.
+
+    sample   noise at t_start -> data at t_end (optionally a last call to sigma = 0)
+    encode   data at t_start = t_min -> noise at t_end = T, by the probability flow
+
+Both run the same driver (`scoresolve.driving`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scoresolve.driving import (
+    Engine,
+    Given,
+    IntegratorEngine,
+    PlanEngine,
+    Prior,
+    Samples,
+    device_of,
+    drive,
+    warn_of_dropout,
+)
+from scoresolve.errors import ArgumentError, GridError, ScoresolveError, ShapeError, whole_number
+from scoresolve.grid import Grid, as_grid, make_grid
+from scoresolve.models import Model, as_model
+from scoresolve.noise import NoiseSource, as_noise
+from scoresolve.plans import Plan, StepReport, check_state, trace
+from scoresolve.sde import SDE, GaussianSDE
+from scoresolve.solvers import Integrator, Solver, get_solver
+
+__all__ = ["DEFAULT_GRID", "DEFAULT_NFE", "DEFAULT_SOLVER", "encode", "grid_for", "plan", "sample"]
+
+DEFAULT_SOLVER = "ab3_v"
+DEFAULT_GRID = "sqrt_angle"
+DEFAULT_NFE = 30
+
+Times = Grid | Sequence[float] | Tensor
+
+
+def plan(
+    solver: str | Solver,
+    sde: SDE,
+    grid: Times,
+    denoise: bool | None = None,
+) -> Plan:
+    """Trace a fixed-grid solver over a time grid.
+
+    Args:
+        solver: a name of the registry or a `Solver`.
+        sde: the process.
+        grid: a `Grid`, or strictly monotone times.
+        denoise: whether a last call jumps to sigma = 0; the grid's own rule if omitted.
+
+    Returns:
+        A `Plan`: `.nfe`, `.law(mean, covariance)`, `.run(model, x, noise)`, `print(plan)`.
+
+    Raises:
+        UnknownNameError: no such solver.
+        GridError: the grid is not monotone, leaves the interval, or meets a singular coefficient.
+        ArgumentError: the solver chooses its own steps, so it has no plan.
+    """
+    resolved = get_solver(solver)
+    if isinstance(resolved, Integrator):
+        raise ArgumentError(f"{resolved.name!r} chooses its steps at run time: it has no plan")
+    checked = as_grid(grid, denoise)
+    checked.check(sde)
+    return trace(resolved, sde, checked.times, checked.denoise)
+
+
+def grid_for(
+    solver: Solver,
+    sde: SDE,
+    *,
+    grid: str | None = None,
+    steps: int | None = None,
+    nfe: int | None = None,
+    t_start: float | None = None,
+    t_end: float | None = None,
+    denoise: bool | None = None,
+) -> Grid:
+    """The grid that `sample` would use: `steps` steps, or as many as `nfe` calls allow.
+
+    Args:
+        solver: a fixed-grid solver.
+        sde: the process.
+        grid: one of `GRIDS`; the default grid if omitted.
+        steps, nfe: the budget, one of them; 30 calls if neither is given.
+        t_start, t_end, denoise: as in `make_grid`.
+
+    Raises:
+        ArgumentError: both budgets are given, or one is not a positive whole number.
+        GridError: a single step already costs more than `nfe`.
+    """
+    if steps is not None and nfe is not None:
+        raise ArgumentError(f"steps = {steps} and nfe = {nfe}: give one budget, not both")
+    name = grid or (DEFAULT_GRID if isinstance(sde, GaussianSDE) else "uniform")
+    if steps is not None:
+        return make_grid(name, sde, steps, t_start, t_end, denoise)
+    budget = whole_number("nfe", DEFAULT_NFE if nfe is None else nfe)
+
+    def cost(n: int) -> int:
+        times = make_grid(name, sde, n, t_start, t_end, denoise)
+        return trace(solver, sde, times.times, times.denoise).nfe
+
+    if cost(1) > budget:
+        raise GridError(f"{solver.name!r} needs {cost(1)} calls for one step, nfe = {budget}")
+    low, high = 1, budget + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if cost(middle) <= budget else (low, middle)
+    return make_grid(name, sde, low, t_start, t_end, denoise)
+
+
+def sample(
+    score: Model | Callable[..., Tensor],
+    sde: SDE,
+    *,
+    shape: Sequence[int] | None = None,
+    x: Tensor | None = None,
+    solver: str | Solver | Integrator = DEFAULT_SOLVER,
+    steps: int | None = None,
+    nfe: int | None = None,
+    grid: str | Times | None = None,
+    t_start: float | None = None,
+    t_end: float | None = None,
+    denoise: bool | None = None,
+    seed: int = 0,
+    noise: NoiseSource | torch.Generator | Callable[..., Tensor] | None = None,
+    chunk: int | None = None,
+    callback: Callable[[StepReport], object] | None = None,
+    progress: bool = False,
+    compile: bool = False,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    gradients: bool = False,
+    raise_on_failure: bool = False,
+    **cond: Any,
+) -> Samples:
+    """Draw samples from a score model.
+
+    Args:
+        score: callable `score(x, t, **cond)` or a `Model`; x [B, *event], t [B].
+        sde: the process. A model of another Gaussian process is matched by log-SNR.
+        shape: [B, *event] to start from the prior; or
+        x: the state at `t_start`, [B, *event], floating point; it is not written into.
+        solver: a name of the registry (`scoresolve solvers` lists them) or a solver object.
+        steps: number of grid steps; or
+        nfe: at most so many network calls (if neither is given, 30); or
+        grid: a `Grid` or explicit times. A name of `GRIDS` goes with `steps` or `nfe`.
+        t_start, t_end: first and last time; the process's T and t_min if omitted.
+        denoise: whether a last call jumps to sigma = 0.
+        seed: seed of the counter-based noise; sample i is the same whatever the batch or chunk.
+        noise: a noise source, a `torch.Generator`, or a callable `noise(x, t, s)` instead of
+            `seed`.
+        chunk: samples to work on at a time; all if omitted.
+        callback: called with a `StepReport` after every step.
+        progress: show a progress bar (only on a terminal).
+        compile: compile the whole plan with `torch.compile`.
+        dtype, device: of the state, with `shape`; the default dtype and the network's device.
+        gradients: let gradients flow through the solver, to `x` and to the network.
+        raise_on_failure: raise `SolveError` if any sample failed.
+        **cond: passed on to the model; tensors whose first axis is B are split with the batch.
+
+    Returns:
+        `Samples`. A keyboard interrupt hands back what is done, the rest marked INTERRUPTED.
+
+    Raises:
+        ArgumentError, ShapeError, GridError, UnknownNameError: before the first model call
+            where that is possible.
+        SolveError: a sample failed and `raise_on_failure` is set.
+    """
+    resolved = get_solver(solver)
+    if (shape is None) == (x is None):
+        raise ArgumentError("give either shape=[B, *event] or a start x=, not both")
+    source = as_noise(noise, seed)
+    if x is None:
+        start: Given | Prior = Prior(
+            _checked_shape(shape), sde, source, dtype, device or device_of(score)
+        )
+    else:
+        check_state(x)
+        start = Given(x)
+    if isinstance(resolved, Solver):
+        if grid is not None and not isinstance(grid, str):
+            given = {"steps": steps, "nfe": nfe, "t_start": t_start, "t_end": t_end}
+            if extra := [name for name, value in given.items() if value is not None]:
+                raise ArgumentError(f"an explicit grid fixes the times: leave out {extra[0]}=")
+            times = as_grid(grid, denoise)
+        else:
+            times = grid_for(
+                resolved,
+                sde,
+                grid=grid,
+                steps=steps,
+                nfe=nfe,
+                t_start=t_start,
+                t_end=t_end,
+                denoise=denoise,
+            )
+        engine: Engine = PlanEngine(plan(resolved, sde, times), callback, compile)
+    else:
+        _refuse(resolved, steps=steps, nfe=nfe, grid=grid, callback=callback, compile=compile)
+        ends = (sde.T if t_start is None else t_start, sde.t_min if t_end is None else t_end)
+        Grid(ends).check(sde)
+        engine = IntegratorEngine(resolved, sde, ends, bool(denoise))
+    warn_of_dropout(score)
+    model = as_model(score, sde)
+    with torch.set_grad_enabled(gradients):
+        return drive(engine, model, start, source, chunk, progress, raise_on_failure, cond)
+
+
+def encode(
+    score: Model | Callable[..., Tensor],
+    sde: SDE,
+    x: Tensor,
+    *,
+    solver: str | Solver | Integrator = "dopri5",
+    steps: int | None = None,
+    nfe: int | None = None,
+    grid: str | Times | None = None,
+    t_start: float | None = None,
+    t_end: float | None = None,
+    chunk: int | None = None,
+    progress: bool = False,
+    raise_on_failure: bool = False,
+    **cond: Any,
+) -> Samples:
+    """Map data to noise along the probability flow; `sample(..., x=encode(...).x)` maps it back.
+
+    Args:
+        score, sde, solver, steps, nfe, grid, chunk, progress, raise_on_failure, cond: as in
+            `sample`; the solver must be deterministic.
+        x: data, [B, *event], floating point.
+        t_start, t_end: first and last time; the process's t_min and T if omitted.
+
+    Returns:
+        `Samples` whose `.x` is the latent at `t_end`.
+
+    Raises:
+        ArgumentError: the solver is stochastic, or as in `sample`.
+    """
+    resolved = get_solver(solver)
+    if resolved.stochastic:
+        raise ArgumentError(f"{resolved.name!r} draws noise: encoding needs a deterministic solver")
+    if grid is None or isinstance(grid, str):
+        t_start = sde.t_min if t_start is None else t_start
+        t_end = sde.T if t_end is None else t_end
+    return sample(
+        score,
+        sde,
+        x=x,
+        solver=resolved,
+        steps=steps,
+        nfe=nfe,
+        grid=grid,
+        t_start=t_start,
+        t_end=t_end,
+        chunk=chunk,
+        progress=progress,
+        raise_on_failure=raise_on_failure,
+        **cond,
+    )
+
+
+def _checked_shape(shape: Sequence[int] | None) -> tuple[int, ...]:
+    try:
+        sizes = tuple(whole_number("size", size) for size in shape or ())
+    except (ScoresolveError, TypeError) as error:
+        raise ShapeError(f"shape = {shape}: give positive whole numbers [B, *event]") from error
+    if not sizes:
+        raise ShapeError("shape is empty: give [B, *event]")
+    return sizes
+
+
+def _refuse(solver: Integrator, **given: object) -> None:
+    for name, value in given.items():
+        if value is not None and value is not False:
+            raise ArgumentError(
+                f"{name}= does not go with {solver.name!r}, which chooses its own steps: set its "
+                "tolerances, or take a fixed-grid solver"
+            )
