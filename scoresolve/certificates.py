@@ -31,7 +31,7 @@ from scoresolve.targets import GaussianMixture
 __all__ = ["Bias", "Certificate", "Check", "certify", "measured_order"]
 
 MEAN, VARIANCE = (0.7, -0.4, 1.1), (0.25, 1.0, 2.25)
-ROUNDING = 1e-10
+ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)

@@ -19,15 +19,14 @@ from tqdm import tqdm
 from scoresolve.errors import (
     ArgumentError,
     ModelWarning,
-    ScoresolveError,
     SolveError,
     Status,
     row_status,
     whole_number,
 )
-from scoresolve.models import Model, NetworkModel
+from scoresolve.models import Model, NetworkModel, check_output
 from scoresolve.noise import NoiseSource, Purpose
-from scoresolve.plans import Plan, StepReport, check_output, check_state
+from scoresolve.plans import Plan, StepReport, check_state
 from scoresolve.sde import SDE, GaussianSDE
 from scoresolve.solvers import Integrator
 
@@ -40,6 +39,7 @@ __all__ = [
     "Samples",
     "device_of",
     "drive",
+    "failure",
     "split_cond",
     "warn_of_dropout",
 ]
@@ -223,7 +223,7 @@ def drive(
     nfe = max(part[2] for part in parts)
     result = Samples(x, status, nfe, engine.times, engine.plan)
     if raise_on_failure and not bool(result.ok.all()):
-        raise _failure(result)
+        raise failure(result)
     return result
 
 
@@ -237,7 +237,8 @@ def split_cond(cond: dict[str, Any], part: slice | Tensor, batch: int) -> dict[s
     }
 
 
-def _failure(result: Samples) -> ScoresolveError:
+def failure(result: Samples) -> SolveError:
+    """The exception for a result some of whose samples failed."""
     counts = {
         Status(code).name: int((result.status == code).sum())
         for code in sorted(set(result.status.tolist()))

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.stats import beta as beta_distribution
+from scipy.special import betaincinv
 from torch import Tensor
 
 from scoresolve.errors import ArgumentError, GridError, UnknownNameError, whole_number
@@ -152,7 +152,7 @@ def _warp(name: str, u: Tensor, rho: float, a: float, b: float) -> Tensor:
     if name == "polyexponential":
         return 1 - (1 - u) ** rho
     if name == "beta":
-        return torch.from_numpy(1 - beta_distribution.ppf((1 - u).numpy(), a, b))
+        return torch.from_numpy(1 - betaincinv(a, b, (1 - u).numpy()))
     return u
 
 

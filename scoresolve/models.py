@@ -11,6 +11,7 @@ over x0 given x_t this is Tweedie's identity (Efron 2011; Vincent 2011).
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -38,6 +39,8 @@ __all__ = [
     "Model",
     "NetworkModel",
     "as_model",
+    "check_output",
+    "combine",
     "conversion",
     "from_denoiser",
     "from_discrete",
@@ -121,11 +124,23 @@ def conversion(
     return u, w
 
 
-def _combine(u: Number, x: Tensor, w: Number, m: Tensor, t: TimeLike) -> Tensor:
+def combine(u: Number, x: Tensor, w: Number, m: Tensor, t: TimeLike) -> Tensor:
+    """u x + w m for states [B, *event], with coefficients made at time `t` [] or [B]."""
     result = m if isinstance(w, float) and w == 1 else expand(torch.as_tensor(w), x, t) * m
     if isinstance(u, float) and u == 0:
         return result
     return expand(torch.as_tensor(u), x, t) * x + result
+
+
+def check_output(m: object, x: Tensor) -> None:
+    """Raise `ShapeError` unless the model's output `m` has the shape of its input `x`."""
+    if not isinstance(m, Tensor):
+        raise ShapeError(f"the model returned {type(m).__name__}: return a tensor")
+    if m.shape != x.shape:
+        raise ShapeError(
+            f"the model returned shape {tuple(m.shape)} for x of shape {tuple(x.shape)}: "
+            "return one value per element of x"
+        )
 
 
 class Model(ABC):
@@ -148,10 +163,18 @@ class Model(ABC):
         """The cheapest function to get `prediction` from: its own prediction's name and it."""
         return prediction, partial(self.predict, prediction)
 
-    def on(self, sde: GaussianSDE) -> Model:
-        """This model as a model of another Gaussian process, matched at equal log-SNR."""
-        if self.sde is None or self.sde == sde:
+    def on(self, sde: SDE) -> Model:
+        """This model as a model of another Gaussian process, matched at equal log-SNR.
+
+        Raises:
+            ArgumentError: the model has a process of its own, and one of the two is not Gaussian.
+        """
+        if self.sde == sde:
             return self
+        if self.sde is None:
+            bound = copy.copy(self)
+            bound.sde = sde
+            return bound
         if not isinstance(self.sde, GaussianSDE) or not isinstance(sde, GaussianSDE):
             raise ArgumentError(
                 f"a model of {self.sde} cannot be used with {sde}: only Gaussian processes "
@@ -186,32 +209,33 @@ class NetworkModel(Model):
     def native(self, x: Tensor, t: TimeLike, **cond: Any) -> Tensor:
         """The network's own prediction at `x` [B, *event] and `t` [] or [B], in `x`'s dtype.
 
-        An `nn.Module` is called in the dtype of its parameters.
+        An `nn.Module` is called in the dtype of its parameters; one that returns an object
+        holds the prediction as its `.sample`.
         """
         parameter = next(self.net.parameters(), None) if isinstance(self.net, nn.Module) else None
-        if parameter is None or parameter.dtype == x.dtype:
-            return self.net(x, t, **cond)
-        return self.net(x.to(parameter.dtype), as_time(t, x).to(parameter.dtype), **cond).to(
-            x.dtype
-        )
+        state = x
+        if parameter is not None and parameter.dtype != x.dtype:
+            state = x.to(parameter.dtype)
+            t = t.to(parameter.dtype) if isinstance(t, Tensor) and t.is_floating_point() else t
+        out: Any = self.net(state, t, **cond)
+        prediction: Tensor = out if isinstance(out, Tensor) else out.sample
+        return prediction.to(x.dtype)
 
     def bind(self, prediction: str) -> tuple[str, Callable[..., Tensor]]:
         plain = type(self) is NetworkModel and not isinstance(self.net, nn.Module)
         return self.prediction, self.net if plain else self.native
 
     def predict(self, prediction: str, x: Tensor, t: TimeLike, **cond: Any) -> Tensor:
+        if prediction not in PREDICTIONS:
+            raise UnknownNameError("prediction", prediction, PREDICTIONS)
         m = self.native(x, t, **cond)
-        if m.shape != x.shape:
-            raise ShapeError(
-                f"the model returned shape {tuple(m.shape)} for x of shape {tuple(x.shape)}: "
-                "return one value per element of x"
-            )
+        check_output(m, x)
         if prediction == self.prediction:
             return m
         if isinstance(self.sde, GaussianSDE):
             time = as_time(t, x)
             u, w = conversion(self.prediction, prediction, self.sde.point(time))
-            return _combine(u, x, w, m, time)
+            return combine(u, x, w, m, time)
         if prediction == "flow" and self.sde is not None:
             return self.sde.probability_flow_drift(x, t, lambda *_: m)
         raise ArgumentError(f"{prediction!r} needs a Gaussian process, got {self.sde}")
@@ -243,6 +267,22 @@ class EnergyModel(NetworkModel):
         return -gradient
 
 
+class _TimestepModel(NetworkModel):
+    """A network of integer timesteps, one below the time of its `DiscreteVP`."""
+
+    def __init__(
+        self, net: Callable[..., Any], sde: DiscreteVP, prediction: str, quantize: bool
+    ) -> None:
+        super().__init__(net, sde, prediction)
+        self.quantize, self.last = quantize, int(sde.T) - 1
+
+    def native(self, x: Tensor, t: TimeLike, **cond: Any) -> Tensor:
+        timestep = (as_time(t, x) - 1).expand(x.shape[0])
+        if self.quantize:
+            timestep = timestep.round().long().clamp(0, self.last)
+        return super().native(x, timestep, **cond)
+
+
 class _TransportedModel(Model):
     """`model` read in the time and scale of another process `sde` with the same log-SNR."""
 
@@ -253,21 +293,22 @@ class _TransportedModel(Model):
         home, sde = self.model.sde, self.sde
         assert isinstance(home, GaussianSDE) and isinstance(sde, GaussianSDE)
         time = as_time(t, x)
-        home_time = home.time_from_log_snr(sde.log_snr(time))
+        home_time = home.time_from_log_snr(sde.log_snr(time)).clamp(0, home.T)
         here, there = sde.point(time), home.point(home_time)
         # alpha_home/alpha, written so that it stays finite where alpha vanishes
         scale = ((there.alpha**2 + there.sigma**2) / (here.alpha**2 + here.sigma**2)) ** 0.5
         source, function = self.model.bind(prediction)
         x_home = expand(scale, x, time) * x
         m = function(x_home, home_time.to(time.dtype), **cond)
+        check_output(m, x)
         u, w = conversion(source, prediction, there, here)
-        return _combine(u, x_home, w, m, time)
+        return combine(u, x_home, w, m, time)
 
 
 def as_model(score: Model | Callable[..., Tensor], sde: SDE) -> Model:
     """Any score callable as a `Model` of `sde`; a model of another Gaussian process is matched."""
     if isinstance(score, Model):
-        return score.on(sde) if isinstance(sde, GaussianSDE) else score
+        return score.on(sde)
     if not callable(score):
         raise ArgumentError(f"score is {type(score).__name__}: give a callable score(x, t)")
     return NetworkModel(score, sde, "score")
@@ -369,15 +410,4 @@ def from_discrete(
     Source:
         Ho et al. 2020 (2006.11239), section 2.
     """
-    sde = DiscreteVP(alphas_cumprod)
-    last = int(sde.T) - 1
-
-    def timestep_net(x: Tensor, t: TimeLike, **cond: Any) -> Tensor:
-        timestep = as_time(t, x) - 1
-        if quantize:
-            timestep = timestep.round().long().clamp(0, last)
-        out = net(x, timestep, **cond)
-        result: Tensor = out if isinstance(out, Tensor) else out.sample  # type: ignore[attr-defined]
-        return result
-
-    return NetworkModel(timestep_net, sde, prediction)
+    return _TimestepModel(net, DiscreteVP(alphas_cumprod), prediction, quantize)

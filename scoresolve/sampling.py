@@ -33,10 +33,19 @@ from scoresolve.plans import Plan, StepReport, check_state, trace
 from scoresolve.sde import SDE, GaussianSDE
 from scoresolve.solvers import Integrator, Solver, get_solver
 
-__all__ = ["DEFAULT_GRID", "DEFAULT_NFE", "DEFAULT_SOLVER", "encode", "grid_for", "plan", "sample"]
+__all__ = [
+    "DEFAULT_GRID",
+    "DEFAULT_NFE",
+    "DEFAULT_SOLVER",
+    "encode",
+    "grid_for",
+    "plan",
+    "refuse",
+    "sample",
+]
 
-DEFAULT_SOLVER = "ab3_v"
-DEFAULT_GRID = "sqrt_angle"
+DEFAULT_SOLVER = "ab2_v"
+DEFAULT_GRID = "flow"
 DEFAULT_NFE = 30
 
 Times = Grid | Sequence[float] | Tensor
@@ -204,7 +213,7 @@ def sample(
             )
         engine: Engine = PlanEngine(plan(resolved, sde, times), callback, compile)
     else:
-        _refuse(resolved, steps=steps, nfe=nfe, grid=grid, callback=callback, compile=compile)
+        refuse(resolved, steps=steps, nfe=nfe, grid=grid, callback=callback, compile=compile)
         ends = (sde.T if t_start is None else t_start, sde.t_min if t_end is None else t_end)
         Grid(ends).check(sde)
         engine = IntegratorEngine(resolved, sde, ends, bool(denoise))
@@ -277,7 +286,8 @@ def _checked_shape(shape: Sequence[int] | None) -> tuple[int, ...]:
     return sizes
 
 
-def _refuse(solver: Integrator, **given: object) -> None:
+def refuse(solver: Integrator, **given: object) -> None:
+    """Raise for every argument that is `given` but has no meaning with an integrator."""
     for name, value in given.items():
         if value is not None and value is not False:
             raise ArgumentError(

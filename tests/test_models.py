@@ -275,7 +275,7 @@ def test_exact_predictions_give_the_exact_score(
     close(model.predict("x0", x, t), mixture.denoiser(sde, x, t), rtol=1e-7, atol=1e-6)
 
 
-@pytest.mark.parametrize(("home", "other"), itertools.permutations(PROCESSES, 2))
+@pytest.mark.parametrize(("home", "other"), list(itertools.permutations(PROCESSES, 2)))
 @settings(max_examples=3)
 @given(data=st.data(), mixture=mixtures(), seed=seeds())
 def test_a_denoiser_on_another_process_is_its_exact_score(
@@ -378,6 +378,30 @@ def test_a_model_keeps_the_dtype_of_the_state(adapter: str, dtype: torch.dtype) 
     for t in (0.5, torch.tensor(0.5), torch.full((4,), 0.5, dtype=torch.float64)):
         score = ADAPTERS[adapter](lambda x, t: x.sin())(x, t)
         assert score.shape == x.shape and score.dtype == dtype
+
+
+class Affine(torch.nn.Module):
+    """A network that works in the dtype of its parameters only."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(3, 3, dtype=dtype)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("adapter", [name for name in ADAPTERS if name != "energy"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("own", [torch.float32, torch.float64])
+def test_a_module_works_in_its_own_dtype_and_answers_in_that_of_the_state(
+    adapter: str, dtype: torch.dtype, own: torch.dtype
+) -> None:
+    x = normal(generator(0), 4, 3).to(dtype)
+    model = ADAPTERS[adapter](Affine(own))
+    for t in (0.5, torch.full((4,), 0.5, dtype=torch.float64)):
+        assert model(x, t).dtype == dtype
+        assert model.bind("score")[1](x, t).dtype == dtype
 
 
 @pytest.mark.parametrize(

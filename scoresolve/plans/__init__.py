@@ -2,7 +2,6 @@
 
 from scoresolve.plans.executor import (
     StepReport,
-    check_output,
     check_state,
     model_time,
 )
@@ -26,7 +25,6 @@ __all__ = [
     "Run",
     "Stage",
     "StepReport",
-    "check_output",
     "check_state",
     "model_time",
     "trace",

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from scoresolve.errors import ArgumentError, GridError, ShapeError
-from scoresolve.models import Model, conversion
+from scoresolve.models import Model, check_output, conversion
 from scoresolve.noise import NoiseSource
 from scoresolve.plans.stages import Call, Combine, Custom, Draw, Drift, Mark, Stage
 
-__all__ = ["Program", "StepReport", "check_output", "check_state", "model_time"]
+__all__ = ["Program", "StepReport", "check_state", "model_time"]
 
 
 @dataclass(frozen=True)
@@ -54,17 +54,6 @@ def check_state(x: Tensor) -> None:
         raise ArgumentError(f"the state is {kind}: give a real floating-point tensor")
     if x.ndim < 1:
         raise ShapeError("the state has no batch axis: give a tensor [B, *event]")
-
-
-def check_output(m: object, x: Tensor) -> None:
-    """Raise unless the model's output `m` has the shape of its input `x`."""
-    if not isinstance(m, Tensor):
-        raise ShapeError(f"the model returned {type(m).__name__}: return a tensor")
-    if m.shape != x.shape:
-        raise ShapeError(
-            f"the model returned shape {tuple(m.shape)} for x of shape {tuple(x.shape)}: "
-            "return one value per element of x"
-        )
 
 
 def model_time(t: float | Sequence[float], x: Tensor) -> Tensor:

@@ -13,20 +13,38 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from scoresolve.errors import ArgumentError, ShapeError
 from scoresolve.models import prediction_rows
-from scoresolve.plans.stages import Call, Combine, Draw, Mark
+from scoresolve.plans.stages import Call, Combine, Draw, Mark, Stage
 from scoresolve.sde import SchedulePoint
 
-if TYPE_CHECKING:
-    from scoresolve.plans.plan import Plan
+__all__ = ["Law", "Traced", "propagate"]
 
-__all__ = ["Law", "propagate"]
+
+class Traced(Protocol):
+    """The part of a plan that fixes its law; see `Plan`."""
+
+    @property
+    def solver(self) -> str: ...
+    @property
+    def process(self) -> str: ...
+    @property
+    def denoised(self) -> bool: ...
+    @property
+    def start(self) -> SchedulePoint | None: ...
+    @property
+    def end(self) -> SchedulePoint | None: ...
+    @property
+    def prior_std(self) -> float | None: ...
+    @property
+    def stages(self) -> Sequence[Stage]: ...
+    @property
+    def output(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -111,7 +129,7 @@ class Law:
 
 
 def propagate(
-    plan: Plan,
+    plan: Traced,
     mean: Tensor | Sequence[float] | float,
     covariance: Tensor | Sequence[Any] | float,
     start: str,

@@ -10,6 +10,7 @@ has the marginals p_t: eta = 1 is the reverse SDE (Anderson 1982), eta = 0 the p
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["SDE", "Score", "TimeLike", "as_time", "expand"]
+from scoresolve.errors import ArgumentError
+
+__all__ = ["SDE", "Score", "TimeLike", "as_time", "check_interval", "expand"]
 
 TimeLike = float | Tensor
 Score = Callable[..., Tensor]
@@ -28,6 +31,12 @@ def as_time(t: TimeLike, like: Tensor | None = None) -> Tensor:
     if isinstance(t, Tensor):
         return t if t.is_floating_point() else t.to(torch.float64)
     return torch.as_tensor(t, dtype=torch.float64, device=None if like is None else like.device)
+
+
+def check_interval(sde: SDE) -> None:
+    """Raise `ArgumentError` unless 0 <= t_min < T < inf."""
+    if not 0 <= sde.t_min < sde.T < math.inf:
+        raise ArgumentError(f"t_min = {sde.t_min}, T = {sde.T}: need 0 <= t_min < T")
 
 
 def expand(value: Tensor, x: Tensor, t: TimeLike = 0.0) -> Tensor:

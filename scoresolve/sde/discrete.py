@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from scoresolve.errors import ArgumentError
 from scoresolve.sde.base import TimeLike, as_time
@@ -94,10 +93,12 @@ class DiscreteVP(VariancePreserving):
     def log_alpha(self, t: TimeLike) -> Tensor:
         t = as_time(t)
         table, n = self._table(t), self._cell(t)
-        return table[n - 1] + (t - n + 1) * (table[n] - table[n - 1])
+        return table[n - 1] + (t - (n - 1)) * (table[n] - table[n - 1])
 
     def time_from_log_snr(self, log_snr: TimeLike) -> Tensor:
-        log_alpha = -softplus(-as_time(log_snr)) / 2
+        log_snr = as_time(log_snr)
+        log_alpha = -torch.logaddexp(torch.zeros_like(log_snr), -log_snr) / 2
         table = self._table(log_alpha)
         n = torch.searchsorted(-table, -log_alpha.contiguous()).clamp(1, len(self.alphas_cumprod))
-        return n - 1 + (log_alpha - table[n - 1]) / (table[n] - table[n - 1])
+        t = n - 1 + (log_alpha - table[n - 1]) / (table[n] - table[n - 1])
+        return t.clamp(0, self.T)

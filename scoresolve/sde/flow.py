@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scoresolve.sde.base import TimeLike, as_time
+from scoresolve.errors import ArgumentError
+from scoresolve.sde.base import TimeLike, as_time, check_interval
 from scoresolve.sde.gaussian import GaussianSDE
 
 __all__ = ["RectifiedFlow"]
@@ -32,6 +33,11 @@ class RectifiedFlow(GaussianSDE):
 
     T: float = 1.0
     t_min: float = 1e-3
+
+    def __post_init__(self) -> None:
+        check_interval(self)
+        if self.T > 1:
+            raise ArgumentError(f"T = {self.T}: the path ends at t = 1, give T in (0, 1]")
 
     def alpha(self, t: TimeLike) -> Tensor:
         return 1 - as_time(t)
@@ -56,7 +62,7 @@ class RectifiedFlow(GaussianSDE):
         return (2 * t / (1 - t)).sqrt()
 
     def time_from_log_snr(self, log_snr: TimeLike) -> Tensor:
-        return torch.sigmoid(-as_time(log_snr) / 2)
+        return torch.sigmoid(-as_time(log_snr) / 2).clamp(0, self.T)
 
     @property
     def prior_std(self) -> float:

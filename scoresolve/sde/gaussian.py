@@ -34,8 +34,9 @@ class SchedulePoint(NamedTuple):
 
 
 def _derivative(fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+    t = t.clone(memory_format=torch.contiguous_format)  # forward AD refuses expanded tensors
     derivative: Tensor = torch.func.jvp(fn, (t,), (torch.ones_like(t),))[1]
-    return derivative
+    return derivative.to(t.dtype)
 
 
 class GaussianSDE(SDE):
@@ -130,13 +131,17 @@ class GaussianSDE(SDE):
             Ho et al. 2020 (2006.11239), eq. 6-7; Kingma et al. 2021 (2107.00630), eq. 25-26 with
             the general alpha and sigma.
         """
+        s = as_time(s, x_t) + torch.zeros_like(as_time(t, x_t))  # rows of one, scalar of the other
+        t = as_time(t, x_t) + torch.zeros_like(s)
         lost = self._lost(s, t)
         ratio = self.alpha(t) / self.alpha(s) * (self.sigma(s) / self.sigma(t)) ** 2
         mean = expand(ratio, x_t, t) * x_t + expand(self.alpha(s) * lost, x_0, t) * x_0
         return mean, expand(self.sigma(s) * lost.sqrt(), x_t, t)
 
     def _lost(self, s: TimeLike, t: TimeLike) -> Tensor:
-        return -torch.expm1(self.log_snr(t) - self.log_snr(s))
+        """1 - SNR_t / SNR_s, the share of the signal-to-noise ratio that is gone at t."""
+        at_s, at_t = self.log_snr(s), self.log_snr(t)
+        return torch.where(at_s == at_t, 0.0, -torch.expm1(at_t - at_s))
 
     @property
     def prior_std(self) -> float:

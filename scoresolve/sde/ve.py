@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from scoresolve.errors import ArgumentError
-from scoresolve.sde.base import TimeLike, as_time
+from scoresolve.sde.base import TimeLike, as_time, check_interval
 from scoresolve.sde.gaussian import GaussianSDE
 
 __all__ = ["EDM", "VE"]
@@ -24,6 +24,7 @@ class _VarianceExploding(GaussianSDE):
     sigma_max: float
 
     def __post_init__(self) -> None:
+        check_interval(self)
         if not 0 < self.sigma_min < self.sigma_max:
             raise ArgumentError(
                 f"sigma_min = {self.sigma_min}, sigma_max = {self.sigma_max}: "
@@ -78,7 +79,8 @@ class VE(_VarianceExploding):
         return self.sigma(t) * self._log_ratio
 
     def time_from_log_snr(self, log_snr: TimeLike) -> Tensor:
-        return (-as_time(log_snr) / 2 - math.log(self.sigma_min)) / self._log_ratio
+        t = (-as_time(log_snr) / 2 - math.log(self.sigma_min)) / self._log_ratio
+        return t.clamp(0, self.T)
 
 
 @dataclass(frozen=True)
@@ -111,4 +113,4 @@ class EDM(_VarianceExploding):
         return torch.ones_like(as_time(t))
 
     def time_from_log_snr(self, log_snr: TimeLike) -> Tensor:
-        return (-as_time(log_snr) / 2).exp()
+        return (-as_time(log_snr) / 2).exp().clamp(0, self.T)

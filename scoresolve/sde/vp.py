@@ -12,17 +12,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from scoresolve.errors import ArgumentError
-from scoresolve.sde.base import TimeLike, as_time
+from scoresolve.sde.base import TimeLike, as_time, check_interval
 from scoresolve.sde.gaussian import GaussianSDE
 
 __all__ = ["VP", "CosineVP", "SubVP", "VariancePreserving"]
 
 
 class VariancePreserving(GaussianSDE):
-    """alpha^2 + sigma^2 = 1, from `beta` and `log_alpha`."""
+    """Drift -beta/2 x, from `beta` and `log_alpha`; unless overridden alpha^2 + sigma^2 = 1."""
 
     def beta(self, t: TimeLike) -> Tensor:
         """Noise rate beta(t) = -2 d log alpha / dt, shape of `t`."""
@@ -32,7 +31,7 @@ class VariancePreserving(GaussianSDE):
         return self.log_alpha(t).exp()
 
     def sigma(self, t: TimeLike) -> Tensor:
-        return (-torch.expm1(2 * self.log_alpha(t))).sqrt()
+        return torch.expm1(2 * self.log_alpha(t)).abs().sqrt()
 
     def drift_rate(self, t: TimeLike) -> Tensor:
         return -self.beta(t) / 2
@@ -56,6 +55,7 @@ class _LinearBeta(VariancePreserving):
     beta_max: float
 
     def __post_init__(self) -> None:
+        check_interval(self)
         if not 0 <= self.beta_min <= self.beta_max or self.beta_max == 0:
             raise ArgumentError(
                 f"beta_min = {self.beta_min}, beta_max = {self.beta_max}: "
@@ -72,7 +72,11 @@ class _LinearBeta(VariancePreserving):
     def _time_from_integral(self, integral: Tensor) -> Tensor:
         # The root of B(t) = integral, written without a difference of nearly equal numbers.
         slope = self.beta_max - self.beta_min
-        return 2 * integral / (self.beta_min + (self.beta_min**2 + 2 * slope * integral).sqrt())
+        root = (self.beta_min**2 + 2 * slope * integral).sqrt()
+        t = 2 * integral / (self.beta_min + root)
+        return torch.where(integral == 0, 0.0, torch.where(integral.isinf(), self.T, t)).clamp(
+            0, self.T
+        )
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,8 @@ class VP(_LinearBeta):
     t_min: float = 1e-3
 
     def time_from_log_snr(self, log_snr: TimeLike) -> Tensor:
-        return self._time_from_integral(softplus(-as_time(log_snr)))
+        log_snr = as_time(log_snr)
+        return self._time_from_integral(torch.logaddexp(torch.zeros_like(log_snr), -log_snr))
 
 
 @dataclass(frozen=True)
@@ -150,6 +155,7 @@ class CosineVP(VariancePreserving):
     t_min: float = 1e-3
 
     def __post_init__(self) -> None:
+        check_interval(self)
         if not self.s > 0 or not 0 < self.T < 1:
             raise ArgumentError(f"s = {self.s}, T = {self.T}: need s > 0 and 0 < T < 1")
 
@@ -177,4 +183,4 @@ class CosineVP(VariancePreserving):
         cos_squared = cos_0**2 * torch.sigmoid(log_snr)
         sin_squared = sin_0**2 + cos_0**2 * torch.sigmoid(-log_snr)
         angle = torch.atan2(sin_squared.sqrt(), cos_squared.sqrt())
-        return (angle - self._angle_0) * (1 + self.s) * 2 / math.pi
+        return ((angle - self._angle_0) * (1 + self.s) * 2 / math.pi).clamp(0, self.T)

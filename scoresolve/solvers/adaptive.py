@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from scoresolve.errors import ArgumentError, Status, row_status
+from scoresolve.models import check_output
 from scoresolve.noise import NoiseSource
-from scoresolve.plans.executor import check_output, check_state
+from scoresolve.plans import check_state
 from scoresolve.sde.base import TimeLike
 from scoresolve.solvers.integrator import Integrator, RowDrift, Solution
 

@@ -102,13 +102,16 @@ class TorchDiffEq(Integrator):
         status = torch.full((x.shape[0],), int(Status.OK), device=x.device)
         rows = (row_status(x) == Status.OK).nonzero().flatten()
         while rows.numel():
-            run = _Run(field, trail, rows)
-            t = float(trail.t[rows[0]])
-            times = torch.tensor([t, t_end], dtype=torch.float64, device=x.device)
+            run, start = _Run(field, trail, rows), trail.x[rows]
+            times = torch.stack((trail.t[rows[0]], torch.full_like(trail.t[0], t_end)))
             try:
+                run.begin(times[0], start)
+                if run.broken.any():
+                    rows = rows[~run.broken]
+                    continue
                 x_end = odeint(
                     run,
-                    trail.x[rows],
+                    start,
                     times,
                     rtol=self.rtol,
                     atol=self.atol,
@@ -121,7 +124,7 @@ class TorchDiffEq(Integrator):
                 status[rows] = int(Status.CALL_LIMIT)
                 break
             except AssertionError:
-                if run.inside:
+                if run.inside or self.steps is not None:
                     raise
                 if not run.broken.any():
                     status[rows] = int(Status.STEP_LIMIT)
@@ -132,7 +135,9 @@ class TorchDiffEq(Integrator):
     def _options(self, times: Tensor) -> dict[str, object]:
         if self.steps is None:
             return {"max_num_steps": self.max_steps, "step_t": times[1:]}
-        grid = torch.linspace(float(times[0]), float(times[1]), self.steps + 1).to(times)
+        grid = torch.linspace(
+            times[0], times[1], self.steps + 1, dtype=times.dtype, device=times.device
+        )
         return {"grid_constructor": lambda _func, _y0, _t: grid}
 
 
@@ -295,8 +300,16 @@ class _Run:
         self.field, self.trail, self.rows = field, trail, rows
         self.inside = False
         self.broken = torch.zeros_like(rows, dtype=torch.bool)
+        self.first: tuple[Tensor, Tensor] | None = None
+
+    def begin(self, t: Tensor, x: Tensor) -> None:
+        """Call the drift at the start; torchdiffeq's own call there gets the same value."""
+        self.first = x, self(t, x)
 
     def __call__(self, t: Tensor, x: Tensor) -> Tensor:
+        if self.first is not None and self.first[0] is x:
+            value, self.first = self.first[1], None
+            return value
         self.inside = True
         value = self.field(x, self.field.times(t), self.rows)
         self.inside = False

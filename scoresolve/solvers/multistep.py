@@ -68,7 +68,7 @@ class AdamsBashforth(Solver):
     def step(self, x: Linear, t: float, s: float, run: Run) -> Linear:
         form, y = self.form, x / self.form.scale(run, t)
         known = run.past[max(0, len(run.past) - self.order + 1) :]
-        if len(known) < self.order - 1 and len(known) < self.starter.order:
+        if len(known) + 1 < self.order - 1:
             y, _ = advance(self.starter, form, y, t, s, run)
             return form.scale(run, s) * y
         slopes = [form.rate(run, past.t) * past.m for past in known]

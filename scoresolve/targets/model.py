@@ -169,7 +169,7 @@ class MixtureModel(Model):
             )
         self.components, self.sde = components, sde
 
-    def on(self, sde: GaussianSDE) -> Model:
+    def on(self, sde: SDE) -> Model:
         return self if sde == self.sde else MixtureModel(self.components, sde)
 
     def predict(self, prediction: str, x: Tensor, t: TimeLike, **cond: object) -> Tensor:

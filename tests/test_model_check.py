@@ -1,0 +1,90 @@
+"""`check_model` tells what a network really predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import scoresolve as ss
+from scoresolve.errors import ArgumentError
+from scoresolve.model_check import check_model
+from scoresolve.models import PREDICTIONS, NetworkModel
+from scoresolve.sde import GaussianSDE
+
+MIXTURE = ss.targets.ring()
+DATA = MIXTURE.sample(64)
+PROCESSES = [ss.VP(), ss.SubVP(), ss.CosineVP(), ss.VE(), ss.EDM(), ss.RectifiedFlow()]
+
+
+def exact(prediction: str, sde: GaussianSDE) -> Callable[[Tensor, Tensor], Tensor]:
+    model = MIXTURE.score_model(sde)
+    return lambda x, t: model.predict(prediction, x, t)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("sde", PROCESSES, ids=lambda sde: type(sde).__name__)
+def test_an_exact_network_is_what_it_was_declared_to_be(sde: GaussianSDE, prediction: str) -> None:
+    report = check_model(NetworkModel(exact(prediction, sde), sde, prediction), sde, DATA)
+    assert report.ok, report
+    assert report.best == report.declared
+
+
+@pytest.mark.parametrize("real", PREDICTIONS)
+@pytest.mark.parametrize("declared", PREDICTIONS)
+def test_every_mixed_up_prediction_is_recognised(declared: str, real: str) -> None:
+    sde = ss.VP()
+    report = check_model(NetworkModel(exact(real, sde), sde, declared), sde, DATA)
+    assert report.ok == (declared == real)
+    assert (report.best.prediction, report.best.sign, report.best.time) == (real, 1, "t")
+
+
+@pytest.mark.parametrize("sde", PROCESSES, ids=lambda sde: type(sde).__name__)
+def test_a_reversed_sign_is_recognised(sde: GaussianSDE) -> None:
+    score = MIXTURE.score_model(sde)
+    report = check_model(lambda x, t: -score(x, t), sde, DATA)
+    assert not report.ok
+    assert "sign is reversed" in report.verdict
+
+
+def test_a_scaled_time_is_recognised() -> None:
+    sde = ss.VP()
+    eps = exact("eps", sde)
+    report = check_model(ss.from_eps(lambda x, t: eps(x, t / 1000), sde), sde, DATA)
+    assert not report.ok
+    assert report.best.time == "1000 t"
+
+
+def test_a_flow_of_the_opposite_convention_is_recognised() -> None:
+    sde = ss.RectifiedFlow()
+    flow = exact("flow", sde)
+    report = check_model(ss.from_flow(lambda x, t: -flow(x, 1 - t), sde), sde, DATA)
+    assert (report.best.prediction, report.best.sign, report.best.time) == ("flow", -1, "T - t")
+
+
+def test_a_network_that_does_not_denoise_is_called_untrained() -> None:
+    report = check_model(ss.from_eps(lambda x, t: torch.sin(7 * x), ss.VP()), ss.VP(), DATA)
+    assert not report.ok
+    assert "untrained" in report.verdict
+
+
+def test_conditioning_reaches_the_network() -> None:
+    sde, seen = ss.VP(), []
+    eps = exact("eps", sde)
+
+    def network(x: Tensor, t: Tensor, label: int) -> Tensor:
+        seen.append(label)
+        return eps(x, t)
+
+    assert check_model(ss.from_eps(network, sde), sde, DATA, label=3).ok
+    assert set(seen) == {3}
+
+
+def test_bad_input_is_refused() -> None:
+    score = MIXTURE.score_model(ss.VP())
+    with pytest.raises(ArgumentError, match="two floating-point data points"):
+        check_model(score, ss.VP(), DATA[:1])
+    with pytest.raises(ArgumentError, match="not Gaussian"):
+        check_model(lambda x, t: -x, ss.Langevin(lambda x: -x), DATA)  # type: ignore[arg-type]
