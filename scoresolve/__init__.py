@@ -1,9 +1,12 @@
 """SDE and ODE solvers for score models, each proved against distributions known in closed form."""
 
 from scoresolve import errors, noise, sde, solvers, targets
+from scoresolve.certificates import Certificate, certify
 from scoresolve.driving import Samples
 from scoresolve.errors import ScoresolveError, SolveError, Status
 from scoresolve.grid import GRIDS, Grid, make_grid
+from scoresolve.likelihood import Likelihood, log_likelihood
+from scoresolve.model_check import check_model
 from scoresolve.models import (
     Model,
     as_model,
@@ -43,6 +46,7 @@ __all__ = [
     "VE",
     "VP",
     "BrownianPath",
+    "Certificate",
     "CosineVP",
     "DiscreteVP",
     "GaussianMixture",
@@ -50,6 +54,7 @@ __all__ = [
     "Grid",
     "Langevin",
     "Law",
+    "Likelihood",
     "Model",
     "Philox",
     "Plan",
@@ -62,6 +67,8 @@ __all__ = [
     "SubVP",
     "UnderdampedLangevin",
     "as_model",
+    "certify",
+    "check_model",
     "encode",
     "errors",
     "from_denoiser",
@@ -72,6 +79,7 @@ __all__ = [
     "from_v",
     "from_x0",
     "get_solver",
+    "log_likelihood",
     "make_grid",
     "noise",
     "plan",

@@ -1,4 +1,4 @@
-"""What every test shares: reproducible hypothesis runs and a bounded number of threads.
+"""What every test shares: reproducible hypothesis runs and one thread per worker.
 
 `derandomize=True` draws the same examples in each run, so a failure is always seen again.
 """
@@ -16,4 +16,4 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("scoresolve")
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the workers of pytest-xdist share the cores
