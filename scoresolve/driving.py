@@ -128,6 +128,7 @@ class PlanEngine(Engine):
         if compile and callback is not None:
             raise ArgumentError("a compiled plan has no steps to report: leave out callback=")
         self.plan, self.callback, self.compile = plan, callback, compile
+        self.compiled: Callable[..., Tensor] | None = None
         self.steps, self.times = plan.steps, plan.times
 
     def solve(
@@ -140,7 +141,9 @@ class PlanEngine(Engine):
     ) -> tuple[Tensor, Tensor, int]:
         assert self.plan is not None
         if self.compile:
-            result = self.plan.compile(model)(x, source, **cond)
+            if self.compiled is None:
+                self.compiled = self.plan.compile(model)
+            result = self.compiled(x, source, **cond)
             return result, row_status(result), self.plan.nfe
 
         def report(step: StepReport) -> None:

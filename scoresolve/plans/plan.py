@@ -17,8 +17,8 @@ from torch import Tensor
 
 from scoresolve.errors import ArgumentError
 from scoresolve.models import Model, NetworkModel
-from scoresolve.noise import NoiseSource
-from scoresolve.plans.executor import Program, StepReport
+from scoresolve.noise import NoiseSource, Purpose, Times
+from scoresolve.plans.executor import Program, StepReport, check_state
 from scoresolve.plans.law import Law, propagate
 from scoresolve.plans.stages import Call, Combine, Custom, Draw, Drift, Mark, Stage
 from scoresolve.sde import SchedulePoint
@@ -169,16 +169,40 @@ class Plan:
     ) -> Callable[..., Tensor]:
         """The whole run as one `torch.compile`d function `run(x, noise=None, **cond)`.
 
+        All its noise is drawn before it starts.
+
         Args:
             model: as in `run`.
             **options: passed on to `torch.compile`.
+
+        Raises:
+            ArgumentError: the plan holds a custom kernel.
         """
 
-        def whole(x: Tensor, noise: NoiseSource | None = None, **cond: Any) -> Tensor:
-            return self.run(model, x, noise, None, False, **cond)
+        if custom := [s for s in self.stages if isinstance(s, Custom)]:
+            raise ArgumentError(
+                f"a plan with the kernel {custom[0].kernel.name!r} cannot be compiled whole: run it"
+            )
+        draws = [stage for stage in self.stages if isinstance(stage, Draw)]
 
-        compiled: Callable[..., Tensor] = torch.compile(whole, **options)
-        return compiled
+        def whole(x: Tensor, drawn: list[Tensor], cond: dict[str, Any]) -> Tensor:
+            return self.run(model, x, _Drawn(drawn), None, False, **cond)
+
+        compiled = torch.compile(whole, **options)
+
+        def run(x: Tensor, noise: NoiseSource | None = None, **cond: Any) -> Tensor:
+            check_state(x)
+            if draws and noise is None:
+                raise ArgumentError("this plan draws noise: give a noise source, as Philox(seed)")
+            drawn = [
+                noise.normal(x, draw.index, times=(draw.t, draw.s))
+                for draw in draws
+                if noise is not None
+            ]
+            result: Tensor = compiled(x, drawn, cond)
+            return result
+
+        return run
 
     def law(
         self,
@@ -205,6 +229,18 @@ class Plan:
             ShapeError: mean and covariance do not fit.
         """
         return propagate(self, mean, covariance, start)
+
+
+class _Drawn(NoiseSource):
+    """Noise that was drawn beforehand."""
+
+    def __init__(self, values: list[Tensor]) -> None:
+        self.values = values
+
+    def normal(
+        self, like: Tensor, draw: int, purpose: Purpose = Purpose.SOLVER, times: Times | None = None
+    ) -> Tensor:
+        return self.values[draw]
 
 
 def _point(entry: Sequence[float] | None) -> SchedulePoint | None:
