@@ -226,7 +226,7 @@ def drive(
     nfe = max(part[2] for part in parts)
     result = Samples(x, status, nfe, engine.times, engine.plan)
     if raise_on_failure and not bool(result.ok.all()):
-        raise failure(result)
+        raise failure(result, status)
     return result
 
 
@@ -240,16 +240,16 @@ def split_cond(cond: dict[str, Any], part: slice | Tensor, batch: int) -> dict[s
     }
 
 
-def failure(result: Samples) -> SolveError:
-    """The exception for a result some of whose samples failed."""
+def failure(result: object, status: Tensor) -> SolveError:
+    """The exception for a `result` some of whose samples failed, by their `status` [B]."""
     counts = {
-        Status(code).name: int((result.status == code).sum())
-        for code in sorted(set(result.status.tolist()))
+        Status(code).name: int((status == code).sum())
+        for code in sorted(set(status.tolist()))
         if code != Status.OK
     }
     listed = ", ".join(f"{count} {name}" for name, count in counts.items())
     return SolveError(
-        f"{sum(counts.values())} of {result.status.numel()} samples failed ({listed}): see "
+        f"{sum(counts.values())} of {status.numel()} samples failed ({listed}): see "
         "`result.status` of this exception; good rows keep their values",
         result,
     )

@@ -213,7 +213,7 @@ def log_likelihood(
         run = drive(_Chunks(engine), flow, start, source, chunk, progress, False, {"rows": rows})
         result = _result(run, flow, sde, engine.times[-1], dequantise)
     if raise_on_failure and not bool(result.ok.all()):
-        raise failure(result)  # type: ignore[arg-type]
+        raise failure(result, result.status)
     return result
 
 

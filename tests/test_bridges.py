@@ -196,6 +196,22 @@ def test_rows_that_start_without_a_finite_drift_fail_at_the_start(method: str) -
     assert torch.equal(solution.x[[1, 3]].nan_to_num(), x[[1, 3]].nan_to_num())
 
 
+def test_a_row_that_recovered_is_not_blamed_for_a_later_failure() -> None:
+    x, calls = torch.ones(3, 1, dtype=torch.float64), 0
+
+    def drift(x: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        value = decay(x, t)
+        if calls == 8:  # the last stage of the first step: an infinite error, and a smaller step
+            value[rows == 0] = math.inf
+        return value.masked_fill((rows == 1)[:, None] & (t > 0.5)[:, None], math.nan)
+
+    solution = TorchDiffEq(rtol=1e-6, atol=1e-6).solve(drift, x, 0.0, 1.0)
+    assert solution.rejected[0] > 0
+    assert solution.status.tolist() == [0, Status.NONFINITE, 0]
+
+
 def test_a_fixed_step_row_does_not_feel_its_neighbours() -> None:
     x = state(5, 3)
     x[0] = math.inf
@@ -263,12 +279,12 @@ def test_gradients_flow_through_torchdiffeq() -> None:
 
 @pytest.mark.parametrize("method", SDE_METHODS)
 def test_torchsde_samples_the_data_through_the_reverse_sde(method: str) -> None:
-    n, t_end = 20_000, 1e-3
+    n, t_end = 4000, 1e-3
     noise = Philox(3)
     start = noise.normal(torch.empty(n, 1, dtype=torch.float64), 0, Purpose.START)
     x = mean(1.0) + variance(1.0).sqrt() * start
-    # Euler's own error at 400 steps stays below the sampling error that is allowed for.
-    solution = TorchSDE(method, steps=400 if SDE_CALLS[method] == 1 else 40).solve(
+    # Euler's own error stays below the sampling error that is allowed for.
+    solution = TorchSDE(method, steps=200 if SDE_CALLS[method] == 1 else 40).solve(
         reverse_drift(1.0), x, 1.0, t_end, diffusion, noise
     )
     assert (solution.status == Status.OK).all() and (solution.t == t_end).all()
@@ -279,7 +295,7 @@ def test_torchsde_samples_the_data_through_the_reverse_sde(method: str) -> None:
 
 @pytest.mark.parametrize("method", SDE_METHODS)
 def test_torchsde_runs_forward_too(method: str) -> None:
-    n = 20_000
+    n = 4000
     z = Philox(4).normal(torch.empty(n, 1, dtype=torch.float64), 0, Purpose.START)
     x = DATA_MEAN + math.sqrt(DATA_VARIANCE) * z
     solution = TorchSDE(method, steps=100).solve(
@@ -372,7 +388,7 @@ def test_call_limit_of_torchsde() -> None:
 
 @pytest.mark.parametrize("h", [0.5, 2.0])
 def test_increment_and_area_have_their_joint_law(h: float) -> None:
-    n = 40_000
+    n = 10_000
     noise = StepNoise(Philox(9), torch.empty(n, 1, dtype=torch.float64), 1.0, 1.0 - 2 * h)
     first, (w, u) = noise(0.0, h), noise(h, 2 * h, return_U=True)
     covariance = torch.cov(torch.cat((first, w, u), 1).T)
@@ -411,7 +427,7 @@ def test_a_brownian_path_is_followed_whatever_the_steps(method: str) -> None:
 
 
 def test_area_is_independent_of_the_nodes_of_a_brownian_path() -> None:
-    n = 40_000
+    n = 10_000
     like = torch.empty(n, 1, dtype=torch.float64)
     noise = StepNoise(BrownianPath(Philox(1), 0.0, 1.0), like, 0.0, 1.0)
     correlations = []

@@ -171,6 +171,7 @@ class DormandPrince(Integrator):
     """
 
     name = "dopri5"
+    source = "Dormand and Prince 1980; Hairer et al. 1993, II.4-5"
     tableau: Tableau = DORMAND_PRINCE
     order = float(DORMAND_PRINCE.order)
 

@@ -55,7 +55,7 @@ class TorchDiffEq(Integrator):
         Chen, "torchdiffeq", 2018, https://github.com/rtqichen/torchdiffeq.
     """
 
-    name = "torchdiffeq"
+    source = "torchdiffeq (Chen 2018)"
 
     ADAPTIVE: Final = {"dopri5": 5, "dopri8": 8, "bosh3": 3, "fehlberg2": 2, "adaptive_heun": 2}
     FIXED: Final = {"euler": 1, "midpoint": 2, "heun3": 3, "rk4": 4}
@@ -80,7 +80,8 @@ class TorchDiffEq(Integrator):
             if not 0 <= value < math.inf:
                 raise ArgumentError(f"{name} is {value!r}: give a number at least 0")
         _check_counts(steps=steps, max_steps=max_steps, max_calls=max_calls)
-        self.method, self.order, self.rtol, self.atol = method, float(orders[method]), rtol, atol
+        self.name, self.method = f"torchdiffeq_{method}", method
+        self.order, self.rtol, self.atol = float(orders[method]), rtol, atol
         self.steps, self.max_steps, self.max_calls = steps, max_steps, max_calls
 
     def solve(
@@ -162,7 +163,7 @@ class TorchSDE(Integrator):
         2020, https://github.com/google-research/torchsde.
     """
 
-    name = "torchsde"
+    source = "torchsde (Li et al. 2020, 2001.01328)"
     order = 1.0
     stochastic = True
 
@@ -180,7 +181,8 @@ class TorchSDE(Integrator):
         if method not in self.METHODS:
             raise UnknownNameError("torchsde method", method, self.METHODS)
         _check_counts(steps=steps, max_calls=max_calls)
-        self.method, self.steps, self.max_calls = method, steps, max_calls
+        self.name, self.method = f"torchsde_{method}", method
+        self.steps, self.max_calls = steps, max_calls
         self.order = 1.5 if method == "srk" else 1.0
 
     def solve(

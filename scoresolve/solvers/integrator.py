@@ -47,11 +47,13 @@ class Integrator(ABC):
         name: its name in the registry.
         order: nominal order of accuracy.
         stochastic: whether it integrates the reverse SDE instead of the probability flow.
+        source: paper or library.
     """
 
     name: str
     order: float
     stochastic: bool = False
+    source: str
 
     @abstractmethod
     def solve(

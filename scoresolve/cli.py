@@ -1,0 +1,452 @@
+"""The command line: the verbs, certificates and pictures for a shell.
+
+Exit codes: 0 done, 1 a certificate or a sample failed, 2 the call cannot be right, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from scoresolve.models import Model
+    from scoresolve.sde import GaussianSDE
+
+__all__ = ["main"]
+
+PROCESSES = {
+    "vp": "VP",
+    "subvp": "SubVP",
+    "cosine": "CosineVP",
+    "ve": "VE",
+    "edm": "EDM",
+    "flow": "RectifiedFlow",
+}
+READINGS = ("score", "eps", "x0", "v", "flow", "denoiser")
+TARGETS = ("ring", "random")
+
+
+class _Group(click.Group):
+    """Shows the package's own errors as one line, with exit code 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from scoresolve.errors import ScoresolveError
+
+        try:
+            return super().invoke(ctx)
+        except ScoresolveError as error:
+            click.echo(f"scoresolve: {error}", err=True)
+            ctx.exit(2)
+        except KeyboardInterrupt:
+            click.echo("scoresolve: interrupted", err=True)
+            ctx.exit(130)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="scoresolve")
+def main() -> None:
+    """Samples, likelihoods and proofs for score models.
+
+    \b
+    scoresolve demo                                  the main job, on real digits
+    scoresolve sample --target ring --count 500      samples of a known distribution
+    scoresolve certify dpmpp_2m                      what a solver does, measured exactly
+    """
+
+
+def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say which model is meant and in which process it lives."""
+    options = [
+        click.option("--model", metavar="MODULE:NAME", help="Your callable net(x, t)."),
+        click.option("--digits", is_flag=True, help="The bundled network of 8x8 digits."),
+        click.option("--weights", type=click.Path(exists=True), help="Other weights of it."),
+        click.option("--target", type=click.Choice(TARGETS), help="A mixture with known answers."),
+        click.option(
+            "--prediction",
+            type=click.Choice(READINGS),
+            default="score",
+            show_default=True,
+            help="What your --model predicts.",
+        ),
+        click.option(
+            "--sde", "process", type=click.Choice(list(PROCESSES)), help="The process [edm or vp]."
+        ),
+        click.option(
+            "--sde-option",
+            "process_options",
+            multiple=True,
+            metavar="KEY=NUMBER",
+            help="E.g. T=0.9.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _process(name: str, options: tuple[str, ...]) -> GaussianSDE:
+    import scoresolve
+
+    values: dict[str, float] = {}
+    for option in options:
+        key, _, number = option.partition("=")
+        try:
+            values[key] = float(number)
+        except ValueError:
+            raise click.BadParameter(f"{option!r}: give KEY=NUMBER, as beta_max=20") from None
+    try:
+        process: GaussianSDE = getattr(scoresolve, PROCESSES[name])(**values)
+    except TypeError as error:
+        raise click.BadParameter(f"the process {name!r} has no such option: {error}") from None
+    return process
+
+
+def _load(reference: str) -> Any:
+    module, _, name = reference.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise click.BadParameter(f"--model {reference}: {error}: give MODULE:NAME") from None
+    finally:
+        sys.path.pop(0)
+
+
+def _resolve(
+    model: str | None,
+    digits: bool,
+    weights: str | None,
+    target: str | None,
+    prediction: str,
+    process: str | None,
+    process_options: tuple[str, ...],
+) -> tuple[Model | Callable[..., Tensor], GaussianSDE, tuple[int, ...] | None]:
+    """The model, its process and, where it is known, the shape of one sample."""
+    import scoresolve as ss
+    from scoresolve.models import NetworkModel
+
+    if (model is not None) + (digits or weights is not None) + (target is not None) != 1:
+        raise click.UsageError("give one of --model, --digits (or --weights) and --target")
+    sde = _process(process or ("edm" if digits or weights else "vp"), process_options)
+    if target is not None:
+        mixture = (
+            ss.targets.ring() if target == "ring" else ss.targets.random_mixture(16, 10, seed=0)
+        )
+        return mixture.score_model(sde), sde, mixture.event_shape
+    if model is None:
+        from scoresolve.digits import load_network
+
+        return ss.from_denoiser(load_network(weights)), sde, (1, 8, 8)
+    net = _load(model)
+    if isinstance(net, ss.Model):
+        return net, sde, None
+    if not callable(net):
+        raise click.BadParameter(f"--model {model} is {type(net).__name__}: name a callable")
+    if prediction == "denoiser":
+        return ss.from_denoiser(net), sde, None
+    return NetworkModel(net, sde, prediction), sde, None
+
+
+def _save(path: Path, arrays: dict[str, Tensor]) -> None:
+    if path.suffix == ".npz":
+        import numpy as np
+
+        stored: dict[str, Any] = {name: value.cpu().numpy() for name, value in arrays.items()}
+        np.savez(path, **stored)
+    elif path.suffix == ".safetensors":
+        from safetensors.torch import save_file
+
+        save_file({name: value.contiguous() for name, value in arrays.items()}, path)
+    else:
+        raise click.BadParameter(f"{path}: the name must end in .safetensors or .npz")
+
+
+def _read(path: Path) -> Tensor:
+    """The array named "x" of a file, or its only one."""
+    import numpy as np
+    import torch
+
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        arrays = load_file(path)
+    elif path.suffix == ".npz":
+        with np.load(path) as stored:
+            arrays = {name: torch.from_numpy(stored[name]) for name in stored.files}
+    elif path.suffix == ".npy":
+        arrays = {"x": torch.from_numpy(np.load(path))}
+    else:
+        raise click.BadParameter(f"{path}: give a .safetensors, .npz or .npy file")
+    if "x" not in arrays and len(arrays) != 1:
+        raise click.BadParameter(f"{path} holds {', '.join(arrays)}: name one array x")
+    return arrays.get("x", next(iter(arrays.values())))
+
+
+def _sizes(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(size) for size in text.split(","))
+    except ValueError:
+        raise click.BadParameter(f"--shape {text}: give whole numbers, as 64,3,32,32") from None
+
+
+@main.command()
+@_model_options
+@click.option("--shape", metavar="B,...", help="Shape of the batch, as 64,3,32,32; or")
+@click.option("--count", type=int, help="number of samples, where one sample's shape is known.")
+@click.option("--solver", help="A name that `scoresolve solvers` lists.")
+@click.option("--steps", type=int, help="Steps of the grid; or")
+@click.option("--nfe", type=int, help="at most so many network calls.")
+@click.option("--grid", help="A named grid.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--chunk", type=int, help="Samples to work on at a time.")
+@click.option("--denoise", is_flag=True, help="End with a call that jumps to sigma = 0.")
+@click.option("--dtype", type=click.Choice(["float32", "float64"]), default="float32")
+@click.option("--device", help="As torch names it, e.g. cuda.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("samples.safetensors"))
+@click.option("--png", type=click.Path(path_type=Path), help="Also draw them: images, or a plane.")
+def sample(
+    shape: str | None,
+    count: int | None,
+    solver: str | None,
+    steps: int | None,
+    nfe: int | None,
+    grid: str | None,
+    seed: int,
+    chunk: int | None,
+    denoise: bool,
+    dtype: str,
+    device: str | None,
+    out: Path,
+    png: Path | None,
+    **model_options: Any,
+) -> None:
+    """Draw samples and save them.
+
+    \b
+    scoresolve sample --target ring --count 500 --nfe 20 --png ring.png
+    scoresolve sample --model nets:score --shape 64,3,32,32 --solver heun --steps 20
+    """
+    import torch
+
+    import scoresolve as ss
+    from scoresolve.sampling import DEFAULT_SOLVER
+
+    score, sde, event = _resolve(**model_options)
+    sizes = _sizes(shape)
+    if (sizes is None) == (count is None):
+        raise click.UsageError("give --shape or --count")
+    if sizes is None:
+        if event is None:
+            raise click.UsageError("--count does not tell the shape of a sample: give --shape")
+        sizes = (count or 0, *event)
+    found = ss.sample(
+        score,
+        sde,
+        shape=sizes,
+        solver=solver or DEFAULT_SOLVER,
+        steps=steps,
+        nfe=nfe,
+        grid=grid,
+        seed=seed,
+        chunk=chunk,
+        denoise=denoise or None,
+        dtype=getattr(torch, dtype),
+        device=device,
+        progress=True,
+    )
+    _save(out, {"x": found.x, "status": found.status})
+    if png is not None:
+        from scoresolve.plot import plot_images, plot_samples
+
+        draw = plot_images if found.x.ndim == 4 else plot_samples
+        draw({f"{len(found.x)} samples, {found.nfe} calls": found.x}).savefig(png)
+    good = int(found.ok.sum())
+    click.echo(f"{good} of {len(found.x)} samples good, {found.nfe} network calls, in {out}")
+    if good < len(found.x):
+        raise SystemExit(1)
+
+
+@main.command()
+@_model_options
+@click.option("--data", type=click.Path(exists=True, path_type=Path), help="An array [N, ...].")
+@click.option("--count", type=int, help="Take the first so many.")
+@click.option("--solver", default="dopri5", show_default=True)
+@click.option("--nfe", type=int, help="Network calls, for a fixed-grid solver.")
+@click.option("--trace", type=click.Choice(["auto", "exact", "hutchinson"]), default="auto")
+@click.option("--probes", type=int, default=8, show_default=True)
+@click.option("--dequantise", type=float, help="Width of the bins of discrete data.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--chunk", type=int, help="Samples to work on at a time.")
+@click.option("--out", type=click.Path(path_type=Path), help="Save log-densities and latents.")
+def likelihood(
+    data: Path | None,
+    count: int | None,
+    solver: str,
+    nfe: int | None,
+    trace: str,
+    probes: int,
+    dequantise: float | None,
+    seed: int,
+    chunk: int | None,
+    out: Path | None,
+    **model_options: Any,
+) -> None:
+    """Log-likelihood of data under a model; with --digits and no --data, of held-out digits.
+
+    \b
+    scoresolve likelihood --target ring --data ring.npz
+    scoresolve likelihood --digits --count 8 --trace hutchinson
+    """
+    import scoresolve as ss
+
+    score, sde, event = _resolve(**model_options)
+    if data is not None:
+        x = _read(data)
+    elif event == (1, 8, 8):
+        from scoresolve.digits import BIN_WIDTH, load_digits, to_unit
+
+        x, dequantise = to_unit(load_digits("test").levels, 0.0), BIN_WIDTH
+    else:
+        raise click.UsageError("give --data")
+    found = ss.log_likelihood(
+        score,
+        sde,
+        x[:count],
+        solver=solver,
+        nfe=nfe,
+        trace=trace,
+        probes=probes,
+        dequantise=dequantise,
+        seed=seed,
+        chunk=chunk,
+        progress=True,
+    )
+    if out is not None:
+        names = ("log_prob", "standard_error", "latent", "status")
+        _save(out, {name: getattr(found, name) for name in names})
+    good = found.ok
+    for name, values in (("nats", found.log_prob[good]), ("bits/dim", found.bits_per_dim[good])):
+        error = float(values.std()) / max(len(values), 1) ** 0.5
+        label = "log-likelihood" if name == "nats" else "bits"
+        click.echo(f"{label}: {float(values.mean()):.4f} +- {error:.4f} {name}")
+    click.echo(f"{int(good.sum())} of {len(good)} good, {found.nfe} network calls")
+    if not bool(good.all()):
+        raise SystemExit(1)
+
+
+@main.command()
+@click.argument("solvers", nargs=-1)
+@click.option("--all", "everything", is_flag=True, help="Every solver of the registry.")
+@click.option("--sde", "process", type=click.Choice(list(PROCESSES)), default="vp")
+@click.option("--sde-option", "process_options", multiple=True, metavar="KEY=NUMBER")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+def certify(
+    solvers: tuple[str, ...],
+    everything: bool,
+    process: str,
+    process_options: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Measure SOLVERS on data whose answer is known; exit code 1 if a claim fails.
+
+    \b
+    scoresolve certify dpmpp_2m ab3_v
+    """
+    import scoresolve as ss
+    from scoresolve.solvers import REGISTRY
+
+    names = tuple(REGISTRY) if everything else solvers
+    if not names:
+        raise click.UsageError("name at least one solver, or give --all")
+    sde = _process(process, process_options)
+    certificates = [ss.certify(name, sde) for name in names]
+    if as_json:
+        click.echo(json.dumps([json.loads(c.to_json()) for c in certificates], indent=2))
+    else:
+        click.echo("\n\n".join(map(str, certificates)))
+    if not all(certificate.passed for certificate in certificates):
+        raise SystemExit(1)
+
+
+@main.command()
+@click.argument("name", required=False)
+@click.option("--out", type=click.Path(path_type=Path), help="Where to write it [NAME.png].")
+@click.option("--list", "listed", is_flag=True, help="List the pictures.")
+def plot(name: str | None, out: Path | None, listed: bool) -> None:
+    """Draw the picture NAME.
+
+    \b
+    scoresolve plot --list
+    scoresolve plot orders --out orders.png
+    """
+    from scoresolve.plot import PICTURES, picture
+
+    if listed:
+        for known, (text, _) in PICTURES.items():
+            click.echo(f"{known:10s} {text}")
+        return
+    if name is None:
+        raise click.UsageError("name a picture; --list shows them")
+    path = out or Path(f"{name}.png")
+    picture(name).savefig(path)
+    click.echo(f"{name} drawn in {path}")
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def solvers(as_json: bool) -> None:
+    """List every solver: order, network calls for n steps, source."""
+    from scoresolve.solvers import REGISTRY, get_solver, nfe_rule
+
+    rows = []
+    for name in REGISTRY:
+        solver = get_solver(name)
+        rows.append(
+            {
+                "name": name,
+                "order": solver.order,
+                "calls": nfe_rule(solver),
+                "kind": "SDE" if solver.stochastic else "ODE",
+                "source": solver.source,
+            }
+        )
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+        return
+    shown = [{key: "-" if v is None else str(v) for key, v in row.items()} for row in rows]
+    table = [{key: key for key in rows[0]}, *shown]
+    widths = {key: max(len(row[key]) for row in table) for key in table[0]}
+    for row in table:
+        line = "  ".join(cell.ljust(widths[key]) for key, cell in row.items())
+        click.echo(line.rstrip())
+
+
+@main.command()
+@click.option("--out", type=click.Path(path_type=Path), default=Path("scoresolve-demo"))
+@click.option("--seed", type=int, default=0, show_default=True)
+def demo(out: Path, seed: int) -> None:
+    """The main job on real data: draw digits, state bits per dimension, compare solvers.
+
+    Writes pictures, figures as JSON and one report page into the folder --out.
+    """
+    import torch
+
+    from scoresolve.demo import DemoSettings, run_demo
+
+    torch.set_num_threads(1)  # the network is so small that a second thread only waits
+    report = run_demo(out, DemoSettings(seed=seed))
+    click.echo(report.summary())
+
+
+if __name__ == "__main__":
+    main()

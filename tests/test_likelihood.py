@@ -1,0 +1,587 @@
+"""Likelihoods against densities in closed form.
+
+Whatever the prior and the time of the data, the flow itself must satisfy
+
+    log_prob - log prior(x_T) = log p_t0(x_0) - log p_T(x_T),
+
+with the exact marginals of a mixture on the right: this leaves the error of solver and trace alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import scoresolve.divergence as divergence_module
+from scoresolve.divergence import exact_divergence, hutchinson, walsh_signs
+from scoresolve.errors import (
+    ArgumentError,
+    GridError,
+    ModelWarning,
+    ScoresolveError,
+    ShapeError,
+    SolveError,
+    Status,
+)
+from scoresolve.likelihood import Likelihood, log_likelihood
+from scoresolve.models import from_denoiser, from_energy, from_flow
+from scoresolve.noise import Philox, Purpose
+from scoresolve.plans import Linear, Run
+from scoresolve.sde import (
+    EDM,
+    VE,
+    VP,
+    CosineVP,
+    GaussianSDE,
+    Langevin,
+    RectifiedFlow,
+    SubVP,
+    TimeLike,
+)
+from scoresolve.solvers import REGISTRY, DormandPrince, Solver
+from scoresolve.targets import GaussianMixture, gaussian, random_mixture, ring
+from tests.strategies import dtypes, event_shapes, generator, normal, seeds
+
+PROCESSES = [VP(), SubVP(), CosineVP(), VE(), EDM(), RectifiedFlow()]
+FLOW_SOLVERS = [
+    name for name, make in REGISTRY.items() if getattr(make(), "predicts", "") == "flow"
+]
+TIGHT = DormandPrince(rtol=1e-7, atol=1e-7)
+
+
+def named(sde: GaussianSDE) -> str:
+    return type(sde).__name__
+
+
+def exact_log_prob(
+    mix: GaussianMixture, sde: GaussianSDE, x: Tensor, found: Likelihood, t0: float
+) -> Tensor:
+    """What `found.log_prob` must be, given where its flow has taken the data."""
+    prior = sde.prior(tuple(found.latent.shape), dtype=x.dtype).log_prob(found.latent)
+    end = mix.marginal(sde, sde.T).log_prob(found.latent)
+    return mix.marginal(sde, t0).log_prob(x) - end + prior
+
+
+@functools.cache
+def plane(sde: GaussianSDE) -> tuple[GaussianMixture, Tensor, Likelihood]:
+    """A mixture in the plane, samples [24, 2] of it and their likelihood to 1e-6."""
+    mix = random_mixture(2, 3, spread=1.0)
+    x = mix.sample(24)
+    return mix, x, log_likelihood(mix.score_model(sde), sde, x, solver=TIGHT)
+
+
+def rms(error: Tensor) -> float:
+    return float(error.square().mean().sqrt())
+
+
+# Divergence
+
+
+@given(seed=seeds(), event=event_shapes(), rows=st.integers(1, 3))
+def test_divergence_of_a_linear_field_is_its_trace(
+    seed: int, event: tuple[int, ...], rows: int
+) -> None:
+    size = math.prod(event)
+    rng = generator(seed)
+    matrix, x = normal(rng, size, size), normal(rng, rows, *event)
+
+    def field(y: Tensor) -> Tensor:
+        return (y.reshape(rows, size) @ matrix.mT).reshape(y.shape)
+
+    value, divergence = exact_divergence(field, x)
+    torch.testing.assert_close(value, field(x))
+    torch.testing.assert_close(divergence, matrix.trace().expand(rows))
+    probes = normal(rng, 4, rows, *event)
+    value, columns = hutchinson(field, x, probes)
+    z = probes.reshape(4, rows, size)
+    torch.testing.assert_close(value, field(x))
+    torch.testing.assert_close(columns, torch.einsum("kbi,ij,kbj->bk", z, matrix, z))
+
+
+@pytest.mark.parametrize("sde", PROCESSES, ids=named)
+def test_divergence_of_a_mixture_score_is_its_closed_form(sde: GaussianSDE) -> None:
+    model = random_mixture(5, 3).score_model(sde)
+    x, t = normal(generator(0), 7, 5), torch.linspace(0.1, 0.9, 7, dtype=torch.float64) * sde.T
+    _, divergence = exact_divergence(lambda y: model(y, t), x)
+    torch.testing.assert_close(divergence, model.divergence(x, t), rtol=1e-9, atol=1e-9)
+
+
+def test_groups_of_basis_vectors_and_probes_do_not_change_a_divergence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x, probes = normal(generator(0), 3, 11), normal(generator(1), 5, 3, 11)
+
+    def field(y: Tensor) -> Tensor:
+        return y.sin().cumsum(1) * y
+
+    whole = exact_divergence(field, x)[1], hutchinson(field, x, probes)[1]
+    for room in (1, 70):
+        monkeypatch.setattr(divergence_module, "_ROOM", room)
+        torch.testing.assert_close(exact_divergence(field, x)[1], whole[0])
+        torch.testing.assert_close(hutchinson(field, x, probes)[1], whole[1])
+
+
+class _Cube(torch.autograd.Function):
+    """x^3 with a backward pass that cannot be batched."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        assert cotangent.shape == x.shape
+        bool(cotangent.sum() > 1e300)  # reads a value, which vmap forbids
+        return 3 * x**2 * cotangent
+
+
+def test_a_network_without_batched_backward_is_differentiated_one_by_one() -> None:
+    x, calls = normal(generator(0), 4, 3), []
+
+    def field(y: Tensor) -> Tensor:
+        calls.append(y)
+        result: Tensor = _Cube.apply(y)
+        return result
+
+    _, divergence = exact_divergence(field, x)
+    torch.testing.assert_close(divergence, (3 * x**2).sum(1))
+    probes = Philox(0).signs(torch.empty(2, 4, 3, dtype=x.dtype), 0)
+    torch.testing.assert_close(hutchinson(field, x, probes)[1], divergence[:, None].expand(4, 2))
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("parameter", [False, True], ids=["constant", "parameter"])
+def test_a_field_that_ignores_x_has_no_divergence(parameter: bool) -> None:
+    x = normal(generator(0), 4, 3)
+    bias = torch.ones(4, 3, dtype=x.dtype, requires_grad=parameter)
+    value, divergence = exact_divergence(lambda y: 2 * bias, x)
+    assert bool((divergence == 0).all()) and bool((value == 2).all())
+    assert not value.requires_grad
+    columns = hutchinson(lambda y: 2 * bias, x, torch.ones(3, 4, 3, dtype=x.dtype))[1]
+    assert columns.shape == (4, 3) and bool((columns == 0).all())
+
+
+@given(power=st.integers(0, 5), start=st.integers(0, 500))
+def test_walsh_signs_are_orthogonal_over_a_period(power: int, start: int) -> None:
+    size = 2**power
+    like = torch.empty(0, dtype=torch.float64)
+    start -= start % size
+    rows = torch.stack([walsh_signs(start + n, size, like) for n in range(size)])
+    torch.testing.assert_close(rows.mT @ rows, size * torch.eye(size, dtype=torch.float64))
+    assert torch.equal(
+        walsh_signs(3, max(1, size - 1), like), walsh_signs(3, size, like)[: size - 1 or 1]
+    )
+
+
+def test_divergence_errors_say_what_is_wrong() -> None:
+    x = torch.zeros(4, 3)
+    with pytest.raises(ShapeError, match=r"\(4, 1\) for x of shape \(4, 3\)"):
+        exact_divergence(lambda y: y[:, :1], x)
+    with pytest.raises(ShapeError, match=r"probes of shape \(4, 3\)"):
+        hutchinson(lambda y: y, x, x)
+    with pytest.raises(ArgumentError, match="int64"):
+        exact_divergence(lambda y: y, torch.zeros(4, 3, dtype=torch.int64))
+
+
+# Accuracy
+
+
+@pytest.mark.parametrize("sde", PROCESSES, ids=named)
+def test_log_prob_is_the_closed_form_for_every_process(sde: GaussianSDE) -> None:
+    mix, x, found = plane(sde)
+    assert bool(found.ok.all()) and bool((found.standard_error == 0).all())
+    t0 = min(sde.t_min, 1e-5) if sde.T <= 1 and not isinstance(sde, VE) else sde.t_min
+    expected = exact_log_prob(mix, sde, x, found, t0)
+    assert float((found.log_prob - expected).abs().max()) < 2e-6
+    # What is left is the data's time, and a prior that knows neither mean nor variance.
+    assert rms(found.log_prob - mix.marginal(sde, 0.0).log_prob(x)) < 0.03
+
+
+def test_default_call_meets_its_accuracy_at_its_cost() -> None:
+    mix, sde = ring(), VP()
+    x = mix.sample(256, seed=1)
+    found = log_likelihood(mix.score_model(sde), sde, x)
+    cost = (found.forwards + found.products).double().mean()
+    assert rms(found.log_prob - mix.log_prob(x)) < 1e-3
+    assert cost <= 350
+
+
+@pytest.mark.parametrize("solver", FLOW_SOLVERS)
+def test_every_flow_form_solver_converges_to_the_adaptive_answer(solver: str) -> None:
+    sde, order = VP(), REGISTRY[solver]().order
+    mix, x, exact = plane(sde)
+    errors = [
+        rms(
+            log_likelihood(mix.score_model(sde), sde, x, solver=solver, steps=n).log_prob
+            - exact.log_prob
+        )
+        for n in (32, 96)
+    ]
+    assert order is not None
+    assert errors[1] < 0.1
+    assert errors[0] / errors[1] > 3 ** (0.6 * order)
+
+
+@pytest.mark.parametrize("sde", PROCESSES, ids=named)
+def test_default_grid_suits_every_process(sde: GaussianSDE) -> None:
+    mix, x, exact = plane(sde)
+    found = log_likelihood(mix.score_model(sde), sde, x, solver="ab3_flow")
+    assert found.nfe == 100
+    assert rms(found.log_prob - exact.log_prob) < 0.008
+
+
+@settings(max_examples=12)
+@given(event=event_shapes(), dtype=dtypes(), rows=st.integers(1, 3))
+def test_every_event_shape_and_dtype(event: tuple[int, ...], dtype: torch.dtype, rows: int) -> None:
+    sde, rng = VP(), generator(1)
+    mean, variance = normal(rng, 1, *event)[0], normal(rng, 1, *event)[0].exp()
+    mix = gaussian(mean, variance)
+    x = (mean + variance.sqrt() * normal(rng, rows, *event)).to(dtype)
+    for solver, budget in (("dopri5", None), ("ab3_flow", 40)):
+        found = log_likelihood(mix.score_model(sde), sde, x, solver=solver, nfe=budget)
+        assert found.log_prob.shape == found.standard_error.shape == (rows,)
+        assert found.bits_per_dim.shape == found.status.shape == found.forwards.shape == (rows,)
+        assert found.latent.shape == x.shape and found.latent.dtype == dtype
+        assert found.log_prob.dtype == dtype and found.dimension == math.prod(event)
+        torch.testing.assert_close(
+            found.log_prob.double(), mix.log_prob(x.double()), rtol=0.02, atol=0.1
+        )
+
+
+def test_an_end_before_T_takes_the_prior_of_that_noise_level() -> None:
+    sde = EDM()
+    mix, x, _ = plane(sde)
+    early = log_likelihood(mix.score_model(sde), sde, x, t_end=40.0)
+    assert rms(early.log_prob - mix.log_prob(x)) < 0.05
+
+
+@pytest.mark.parametrize("solver", [TIGHT, "ab3_flow"], ids=["adaptive", "fixed"])
+def test_models_of_every_kind_have_the_same_likelihood(solver: Any) -> None:
+    sde = VP()
+    mix, x, found = plane(sde)
+    wide = EDM(sigma_max=200.0)
+    exact, edm, expected = mix.score_model(sde), mix.score_model(wide), found.log_prob
+    models: dict[str, Callable[..., Tensor]] = {
+        "score": lambda y, t: exact(y, t),
+        "flow": from_flow(lambda y, t: exact.predict("flow", y, t), sde),
+        "energy": from_energy(lambda y, t: -exact.log_prob(y, t)),
+        "denoiser": from_denoiser(lambda y, t: edm.predict("x0", y, t), wide),
+    }
+    for model in models.values():
+        other = log_likelihood(model, sde, x, solver=solver).log_prob
+        torch.testing.assert_close(other, expected, rtol=0, atol=1e-5 if solver is TIGHT else 0.05)
+
+
+# Random traces
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"solver": "ab3_flow", "nfe": 40}, {"solver": "rk4_flow", "nfe": 40}],
+    ids=["adaptive", "multistep", "runge_kutta"],
+)
+def test_standard_error_is_calibrated(options: dict[str, Any]) -> None:
+    mix, sde, rows, count = random_mixture(8, 4, spread=1.0), VP(), 256, 16
+    x, model = mix.sample(rows), mix.score_model(sde)
+    exact = log_likelihood(model, sde, x, trace="exact", **options)
+    found = log_likelihood(model, sde, x, trace="hutchinson", probes=count, seed=3, **options)
+    z = (found.log_prob - exact.log_prob) / found.standard_error
+    # z is Student's t with n = count - 1 degrees of freedom: E z^2 = n / (n - 2), and
+    # P(|z| > 4) is below 2e-3.
+    n = count - 1
+    spread = math.sqrt(2 * n**2 * (n - 1) / ((n - 2) ** 2 * (n - 4)) / rows)
+    assert abs(float(z.square().mean()) - n / (n - 2)) < 4 * spread
+    assert abs(float(z.mean())) < 4 * math.sqrt(n / (n - 2) / rows)
+    assert int((z.abs() > 4).sum()) <= 4
+    assert bool((found.products == count * found.forwards).all())
+
+
+def test_turned_probes_beat_fixed_ones() -> None:
+    mix, sde = random_mixture(64, 5, spread=1.0), VP()
+    x, model = mix.sample(16), mix.score_model(sde)
+    random: dict[str, Any] = {"trace": "hutchinson", "probes": 4}
+    fixed = log_likelihood(model, sde, x, **random)
+    turned = log_likelihood(model, sde, x, solver="ab3_flow", nfe=80, **random)
+    assert float(turned.standard_error.mean()) < float(fixed.standard_error.mean()) / 3
+    truth = mix.log_prob(x)
+    assert rms(turned.log_prob - truth) < rms(fixed.log_prob - truth) / 3
+
+
+def test_trace_is_exact_up_to_64_elements() -> None:
+    sde = VP()
+    for size, per_call in ((64, 64), (65, 8)):
+        mix = random_mixture(size, 1)
+        model, x = mix.score_model(sde), mix.sample(1)
+        found = log_likelihood(model, sde, x, solver="euler_flow", steps=2)
+        assert found.products.tolist() == [2 * per_call]
+        assert bool((found.standard_error > 0).all()) == (size > 64)
+
+
+def test_one_probe_cannot_tell_its_error() -> None:
+    mix, sde = random_mixture(4, 2), VP()
+    found = log_likelihood(mix.score_model(sde), sde, mix.sample(3), trace="hutchinson", probes=1)
+    assert bool(found.log_prob.isfinite().all()) and bool(found.standard_error.isnan().all())
+
+
+@pytest.mark.parametrize("solver", ["dopri5", "ab3_flow"])
+def test_a_sample_does_not_depend_on_its_batch(solver: str) -> None:
+    mix, sde = random_mixture(6, 3, spread=1.0), VP()
+    x, model = mix.sample(11), mix.score_model(sde)
+    options: dict[str, Any] = {"solver": solver, "trace": "hutchinson", "dequantise": 0.1}
+    options["nfe"] = None if solver == "dopri5" else 30
+    whole = log_likelihood(model, sde, x, seed=5, **options)
+    chunked = log_likelihood(model, sde, x, seed=5, chunk=4, **options)
+    part = log_likelihood(model, sde, x[3:8], noise=Philox(5, first_sample=3), **options)
+    for found, rows in ((chunked, slice(None)), (part, slice(3, 8))):
+        for name in ("log_prob", "standard_error", "latent", "forwards", "status"):
+            expected = getattr(whole, name)[rows]
+            torch.testing.assert_close(getattr(found, name), expected, rtol=1e-8, atol=1e-8)
+    assert not torch.equal(whole.log_prob, log_likelihood(model, sde, x, **options).log_prob)
+
+
+class _Spy(Philox):
+    """Philox that remembers which signs it gave to which sample."""
+
+    seen: dict[tuple[int, int], Tensor]
+
+    def signs(self, like: Tensor, draw: int, purpose: Purpose = Purpose.PROBE) -> Tensor:
+        signs = super().signs(like, draw, purpose)
+        for row, values in enumerate(signs):
+            type(self).seen.setdefault((self.first_sample + row, draw), values)
+            assert torch.equal(type(self).seen[self.first_sample + row, draw], values)
+        return signs
+
+    def rows(self, index: slice | Tensor) -> Philox:
+        assert isinstance(index, slice)
+        return _Spy(self.seed, self.first_sample + (index.start or 0))
+
+
+def test_probes_are_bitwise_the_same_for_any_chunks() -> None:
+    _Spy.seen = {}
+    mix, sde = random_mixture(6, 3), VP()
+    for chunk in (None, 2, 3):
+        log_likelihood(
+            mix.score_model(sde),
+            sde,
+            mix.sample(7),
+            solver="euler_flow",
+            steps=2,
+            trace="hutchinson",
+            probes=3,
+            noise=_Spy(9),
+            chunk=chunk,
+        )
+    assert len(_Spy.seen) == 7 * 3
+
+
+# Bits
+
+
+def test_bits_per_dim_of_two_level_data_under_a_gaussian() -> None:
+    mean, std, width, rows, sde = 0.3, 0.8, 0.5, 512, VP()
+    model = gaussian(torch.full((4,), mean, dtype=torch.float64), std**2)
+    levels = width * Philox(1).signs(torch.empty(rows, 4, dtype=torch.float64), 0).clamp(min=0)
+    found = log_likelihood(model.score_model(sde), sde, levels, dequantise=width, seed=2)
+    filled = levels + width * Philox(2).uniform(levels, 0, Purpose.DEQUANTISE)
+    torch.testing.assert_close(found.log_prob, model.log_prob(filled), rtol=0, atol=0.02)
+    # E (x + w u - m)^2 = (x - m + w/2)^2 + w^2/12 for u uniform on [0, 1].
+    square = (levels - mean + width / 2) ** 2 + width**2 / 12
+    nats = (square / (2 * std**2) + math.log(std) + math.log(2 * math.pi) / 2).mean(1)
+    expected = nats / math.log(2) - math.log2(width)
+    gap = found.bits_per_dim - expected
+    assert abs(float(gap.mean())) < 4 * float(gap.std()) / math.sqrt(rows) + 1e-3
+
+
+@pytest.mark.parametrize(("bin_width", "bits"), [(None, 0.0), (1 / 256, 8.0), (2.0, -1.0)])
+def test_bits_per_dim_count_bins_not_units(bin_width: float | None, bits: float) -> None:
+    """A density of 1 over a unit cube: 8 bits an element to tell 256 levels apart."""
+    zero = torch.zeros(2)
+    uniform = Likelihood(zero, zero, torch.zeros(2, 3), zero, 0, zero, zero, bin_width)
+    assert bool((uniform.bits_per_dim == bits).all())
+
+
+# Rows, calls and failures
+
+
+class _Watch:
+    """A score that records its calls; rows with x[0] > 100 get NaN."""
+
+    def __init__(self, mix: GaussianMixture, sde: GaussianSDE) -> None:
+        self.model, self.rows, self.times = mix.score_model(sde), list[int](), list[float]()
+
+    def __call__(self, x: Tensor, t: TimeLike) -> Tensor:
+        assert isinstance(t, Tensor)
+        self.rows.append(len(x))
+        self.times += [float(t.min()), float(t.max())]
+        return torch.where(x[:, :1] > 100, torch.nan, self.model(x, t))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("solver", ["dopri5", "torchdiffeq_dopri5", "ab4_flow"])
+def test_calls_stay_inside_and_are_counted(solver: str, dtype: torch.dtype) -> None:
+    mix, sde = random_mixture(3, 2, spread=1.0), VP()
+    watch = _Watch(mix, sde)
+    found = log_likelihood(watch, sde, mix.sample(9).to(dtype), solver=solver, chunk=5)
+    low = torch.tensor(1e-5, dtype=dtype)
+    assert min(watch.times) >= float(low.nextafter(-low)) and max(watch.times) <= sde.T
+    assert sum(watch.rows) == int(found.forwards.sum())
+    assert bool((found.products == 3 * found.forwards).all())
+    assert found.nfe >= int(found.forwards.max())
+
+
+@pytest.mark.parametrize("solver", ["dopri5", "ab3_flow"])
+@pytest.mark.parametrize("trace", ["exact", "hutchinson"])
+def test_a_failed_row_leaves_its_neighbours_untouched(solver: str, trace: str) -> None:
+    mix, sde = random_mixture(3, 2, spread=1.0), VP()
+    x, bad = mix.sample(6), torch.tensor([False, True, False, False, True, False])
+    clean = log_likelihood(_Watch(mix, sde), sde, x, solver=solver, trace=trace)
+    x[1], x[4] = torch.nan, 1000.0
+    found = log_likelihood(_Watch(mix, sde), sde, x, solver=solver, trace=trace)
+    assert torch.equal(found.status == int(Status.NONFINITE), bad)
+    assert torch.equal(found.ok, ~bad)
+    for name in ("log_prob", "standard_error", "bits_per_dim"):
+        assert torch.equal(getattr(found, name).isnan(), bad)
+    torch.testing.assert_close(found.log_prob[~bad], clean.log_prob[~bad], rtol=1e-12, atol=1e-12)
+    with pytest.raises(SolveError, match="2 of 6 samples failed") as failure:
+        log_likelihood(_Watch(mix, sde), sde, x, solver=solver, raise_on_failure=True)
+    assert isinstance(failure.value.result, Likelihood)
+
+
+def test_an_unfinished_row_has_a_status_and_no_number() -> None:
+    mix, sde = ring(), VP()
+    lazy = DormandPrince(max_steps=5)
+    found = log_likelihood(mix.score_model(sde), sde, mix.sample(4), solver=lazy)
+    assert bool((found.status == int(Status.STEP_LIMIT)).all())
+    assert bool(found.log_prob.isnan().all())
+
+
+@pytest.mark.parametrize("solver", ["dopri5", "ab3_flow"])
+def test_an_interrupt_hands_back_what_is_done(solver: str) -> None:
+    mix, sde = random_mixture(2, 2), VP()
+    model, calls = mix.score_model(sde), 0
+
+    def score(x: Tensor, t: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if len(x) == 3 and calls > 101:
+            raise KeyboardInterrupt
+        return model(x, t)
+
+    x = mix.sample(9)
+    whole = log_likelihood(model, sde, x, solver=solver)
+    calls = 60 if solver == "dopri5" else 0
+    found = log_likelihood(score, sde, x, solver=solver, chunk=3)
+    done = found.ok
+    assert not bool(done.all())
+    assert bool((found.status[~done] == int(Status.INTERRUPTED)).all())
+    assert bool(found.log_prob[~done].isnan().all())
+    torch.testing.assert_close(found.log_prob[done], whole.log_prob[done])
+
+
+@pytest.mark.parametrize("solver", ["dopri5", "ab3_flow"])
+def test_conditions_follow_their_samples(solver: str) -> None:
+    sde = VP()
+    model = gaussian(torch.zeros(2, dtype=torch.float64), 0.3).score_model(sde)
+    shift = torch.arange(7, dtype=torch.float64)[:, None]
+
+    def score(x: Tensor, t: Tensor, shift: Tensor, table: Tensor) -> Tensor:
+        assert table.shape == (3,)  # as many as a chunk, but not one for each sample
+        return model(x - sde.alpha(t)[:, None] * shift, t)
+
+    x = shift + 0.5 * normal(generator(0), 7, 2)
+    x[2] += 5  # a stiffer row, so that rows end at different times
+    found = log_likelihood(score, sde, x, solver=solver, chunk=3, shift=shift, table=torch.zeros(3))
+    latent = (x - shift) * torch.sqrt((sde.alpha(1.0) ** 2 * 0.3 + sde.sigma(1.0) ** 2) / 0.3)
+    torch.testing.assert_close(found.latent, latent + sde.alpha(1.0) * shift, rtol=0, atol=2e-3)
+
+
+def test_a_detached_network_is_noticed() -> None:
+    mix, sde = random_mixture(2, 2), VP()
+    model = mix.score_model(sde)
+    with pytest.warns(ModelWarning, match="no gradient"):
+        log_likelihood(
+            lambda x, t: model(x, t).detach(), sde, mix.sample(2), solver="euler_flow", steps=2
+        )
+
+
+class _Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        result: Tensor = self.layer(x).tanh() - x
+        return result
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_the_callers_gradient_mode_does_not_matter(mode: Callable[[], Any]) -> None:
+    torch.manual_seed(0)
+    net, x = _Net(), torch.ones(2, 3)
+    expected = log_likelihood(net, VP(), x).log_prob
+    with mode():
+        found = log_likelihood(net, VP(), torch.ones(2, 3))
+    assert torch.equal(found.log_prob, expected)
+    assert not found.log_prob.requires_grad and not found.latent.requires_grad
+    assert all(parameter.grad is None for parameter in net.parameters())
+
+
+class _Decaying(Solver):
+    """Claims the flow form, yet scales the state: its integral of the divergence would decay."""
+
+    name, predicts, order, source = "decaying", "flow", 1, "none"
+
+    def step(self, x: Linear, t: float, s: float, run: Run) -> Linear:
+        return math.exp(t - s) * x + (s - t) * run.predict(x, t)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message", "options"),
+    [
+        (ArgumentError, "draws noise", {"solver": "euler_maruyama"}),
+        (ArgumentError, "'ab3_flow'", {"solver": "dpmpp_2m"}),
+        (ArgumentError, "'euler_flow'", {"solver": _Decaying()}),
+        (ArgumentError, "'euler_flow'", {"solver": _Decaying(), "steps": 1}),
+        (ArgumentError, "no prior", {"sde": Langevin(score=lambda x: -x)}),
+        (GridError, "give increasing times", {"t_start": 0.9, "t_end": 0.1}),
+        (GridError, "outside", {"t_end": 1.5}),
+        (GridError, "give increasing times", {"solver": "ab3_flow", "grid": (1.0, 0.5, 0.1)}),
+        (ArgumentError, "leave out nfe", {"solver": "ab3_flow", "grid": (0.1, 1.0), "nfe": 3}),
+        (ArgumentError, "one budget", {"solver": "ab3_flow", "steps": 4, "nfe": 3}),
+        (ArgumentError, "nfe= does not go", {"nfe": 3}),
+        (ArgumentError, "probes = 0", {"probes": 0}),
+        (LookupError, "'hutchinson'", {"trace": "hutchison"}),
+        (ArgumentError, "dequantise = -1", {"dequantise": -1.0}),
+        (ArgumentError, "dequantise = 0", {"dequantise": 0.0}),
+        (ArgumentError, "chunk = 0", {"chunk": 0}),
+        (ArgumentError, "int64", {"x": torch.zeros(2, 2, dtype=torch.int64)}),
+        (ShapeError, "batch axis", {"x": torch.tensor(1.0)}),
+        (ShapeError, "at least one", {"x": torch.zeros(0, 2)}),
+    ],
+)
+def test_bad_input_is_refused_before_the_first_call(
+    kind: type[Exception], message: str, options: dict[str, Any]
+) -> None:
+    def score(x: Tensor, t: Tensor) -> Tensor:
+        raise AssertionError("the model was called")
+
+    arguments: dict[str, Any] = {"sde": VP(), "x": torch.zeros(2, 2), **options}
+    with pytest.raises(kind, match=message) as error:
+        log_likelihood(score, **arguments)
+    assert isinstance(error.value, ScoresolveError)
+
+
+def test_a_score_that_would_broadcast_is_refused() -> None:
+    for solver in ("dopri5", "ab3_flow"):
+        with pytest.raises(ShapeError, match=r"\(4, 1\) for x of shape \(4, 3\)"):
+            log_likelihood(lambda x, t: -x[:, :1], VP(), torch.zeros(4, 3), solver=solver)
