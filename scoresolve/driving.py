@@ -185,8 +185,10 @@ class IntegratorEngine(Engine):
         result, status, nfe = found.x, found.status, found.nfe
         if self.denoise:
             t = torch.full((x.shape[0],), self.ends[1], dtype=x.dtype, device=x.device)
-            result, nfe = model.predict("x0", result, t, **cond), nfe + 1
-            status = torch.where(status == int(Status.OK), row_status(result), status)
+            arrived = status == int(Status.OK)
+            clean, nfe = model.predict("x0", result, t, **cond), nfe + 1
+            result = torch.where(arrived.reshape(-1, *(1,) * (x.ndim - 1)), clean, result)
+            status = torch.where(arrived, row_status(result), status)
         bar.update()
         return result, status, nfe
 

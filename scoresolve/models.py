@@ -218,8 +218,10 @@ class NetworkModel(Model):
             state = x.to(parameter.dtype)
             t = t.to(parameter.dtype) if isinstance(t, Tensor) and t.is_floating_point() else t
         out: Any = self.net(state, t, **cond)
-        prediction: Tensor = out if isinstance(out, Tensor) else out.sample
-        return prediction.to(x.dtype)
+        prediction = out if isinstance(out, Tensor) else getattr(out, "sample", out)
+        check_output(prediction, x)
+        result: Tensor = prediction.to(x.dtype)
+        return result
 
     def bind(self, prediction: str) -> tuple[str, Callable[..., Tensor]]:
         plain = type(self) is NetworkModel and not isinstance(self.net, nn.Module)
@@ -229,7 +231,6 @@ class NetworkModel(Model):
         if prediction not in PREDICTIONS:
             raise UnknownNameError("prediction", prediction, PREDICTIONS)
         m = self.native(x, t, **cond)
-        check_output(m, x)
         if prediction == self.prediction:
             return m
         if isinstance(self.sde, GaussianSDE):

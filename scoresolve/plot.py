@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -221,7 +223,7 @@ def plot_flow(
     for axes, (title, solver) in zip(row, panels.items(), strict=True):
         begin = start[:, None] * process.prior_std
         track = [(process.T, begin)]
-        note: Callable[[StepReport], None] = lambda step, to=track: to.append((step.t, step.x))  # noqa: E731
+        note = partial(_note, track)
         sample(
             model,
             process,
@@ -239,6 +241,10 @@ def plot_flow(
         axes.set_ylim(-reach, reach)
         _label(axes, "time t  (noise → data)", "x" if axes is row[0] else "", title)
     return figure
+
+
+def _note(track: list[tuple[float, Tensor]], step: StepReport) -> None:
+    track.append((step.t, step.x))
 
 
 def plot_images(panels: Mapping[str, Tensor], columns: int = 10) -> Figure:
@@ -340,7 +346,7 @@ def _colour(i: int) -> str:
     return COLOURS[i % len(COLOURS)]
 
 
-def _line(i: int, strong: bool = False) -> dict[str, object]:
+def _line(i: int, strong: bool = False) -> dict[str, Any]:
     return {
         "color": _colour(i),
         "marker": MARKERS[i % len(MARKERS)],

@@ -193,6 +193,8 @@ def sample(
         )
     else:
         check_state(x)
+        if dtype is not None or device is not None:
+            raise ArgumentError("dtype= and device= go with shape=: x= has its own")
         start = Given(x)
     if isinstance(resolved, Solver):
         if grid is not None and not isinstance(grid, str):

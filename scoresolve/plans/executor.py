@@ -198,11 +198,12 @@ class Program:
     def _times(self, x: Tensor) -> Sequence[Tensor]:
         """The calls' times, [B] each; kept for the next run unless a model wrote into them."""
         key = (x.shape[0], x.dtype, x.device)
-        if self._kept is None or self._kept[0] != key or self._kept[1]._version != 0:
+        kept = self._kept  # one read, as other threads may run this plan on other shapes
+        if kept is None or kept[0] != key or kept[1]._version != 0:
             with torch.inference_mode(False):
                 table = model_time(self.call_times, x)
-                self._kept = key, table, table.unbind()
-        return self._kept[2]
+                kept = self._kept = key, table, table.unbind()
+        return kept[2]
 
     def run(
         self,
@@ -224,6 +225,7 @@ class Program:
         one = torch.ones(1, dtype=dtype, device=x.device) if large else None
         scales = self._scale_tensors(dtype)
         graph, reuses_memory = torch.is_grad_enabled(), False
+        watches = self.keeps_outputs and in_place
         holders, storage_uses = sys.getrefcount, torch._C._storage_Use_Count
         for op, out, source, detail, freed in (
             self.silent if callback is None else self.instructions
@@ -235,9 +237,9 @@ class Program:
                 m = function(y, time)
                 if number < 2:
                     check_output(m, y)
-                    if self.keeps_outputs and number == 0:
+                    if watches and number == 0:
                         first_output, m = m, m.clone()
-                    elif self.keeps_outputs:
+                    elif watches:
                         reuses_memory = m.data_ptr() == first_output.data_ptr()
                         del first_output
                 elif m.numel() != size:

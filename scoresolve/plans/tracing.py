@@ -16,7 +16,7 @@ from typing import Protocol
 
 import torch
 
-from scoresolve.errors import ArgumentError, GridError
+from scoresolve.errors import ArgumentError, GridError, ScoresolveError
 from scoresolve.plans.plan import Plan
 from scoresolve.plans.stages import Call, Combine, Custom, Draw, Drift, Kernel, Mark, Stage
 from scoresolve.sde import SDE, GaussianSDE, SchedulePoint
@@ -162,7 +162,9 @@ class Run:
 
     def predict(self, x: Linear, t: float, prediction: str | None = None) -> Linear:
         """The model's prediction at (x, t): one network call."""
-        source, out = self._materialise(x), self._new()
+        source = self._materialise(x)
+        x.terms = {source: 1.0}  # what exists as a register is cheaper to reuse than its sum
+        out = self._new()
         self.stages.append(Call(out, source, t, prediction or self.predicts, None))
         m = Linear({out: 1.0})
         if self._first_call is None:
@@ -196,7 +198,9 @@ class Run:
         self._first_call = None
         try:
             result = Linear({self._materialise(solver.step(x, t, s, self)): 1.0})
-        except ArithmeticError as error:
+        except ScoresolveError:
+            raise
+        except (ArithmeticError, ValueError) as error:  # 1/0, overflow, log(0)
             raise self._singular() from error
         if self._first_call is not None and isinstance(self.sde, GaussianSDE):
             state, m = self._first_call

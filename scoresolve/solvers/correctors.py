@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor
 
 from scoresolve.errors import ArgumentError, whole_number
@@ -54,7 +55,7 @@ class LangevinCorrector(Corrector):
     source = "Song et al. 2021 (2011.13456), algorithms 4 and 5"
 
     def __init__(self, snr: float = 0.16, moves: int = 1) -> None:
-        if not snr > 0:
+        if not 0 < snr < math.inf:
             raise ArgumentError(f"snr = {snr}: the corrector's signal-to-noise ratio is positive")
         self.snr, self.calls = snr, whole_number("moves", moves)
         self.name = "langevin"
@@ -70,7 +71,9 @@ class LangevinCorrector(Corrector):
             score = predict("score", x, t)
             z = noise.normal(x, draw + move, Purpose.CORRECTOR)
             axes = tuple(range(1, x.ndim))
-            ratio = _norm(z, axes) / _norm(score, axes)
+            length = _norm(score, axes)
+            # Where the score vanishes there is no direction to correct in: no move.
+            ratio = torch.where(length > 0, _norm(z, axes) / length, 0.0)
             delta = 2 * (self.snr * ratio) ** 2
             x = x + delta * score + (2 * delta).sqrt() * z
         return x
@@ -96,7 +99,7 @@ class AnnealedCorrector(Corrector):
     source = "Song and Ermon 2019 (1907.05600), algorithm 1"
 
     def __init__(self, ratio: float = 0.2, moves: int = 1) -> None:
-        if not ratio > 0:
+        if not 0 < ratio < math.inf:
             raise ArgumentError(f"ratio = {ratio}: the corrector's step is positive")
         self.ratio, self.moves = ratio, whole_number("moves", moves)
         self.name = "annealed"

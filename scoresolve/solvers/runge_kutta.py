@@ -63,8 +63,8 @@ def advance(
     slopes: list[Linear] = []
     for c, row in zip(tableau.c, tableau.a, strict=True):
         stage = sum((h * a * k for a, k in zip(row, slopes, strict=True) if a), start=y)
-        ends = {0.0: t, 1.0: s}
-        slopes.append(form.slope(run, stage, ends.get(c) or form.time(run, start + c * h)))
+        time = t if c == 0 else s if c == 1 else form.time(run, start + c * h)
+        slopes.append(form.slope(run, stage, time))
     result = sum((h * b * k for b, k in zip(tableau.b, slopes, strict=True) if b), start=y)
     return result, slopes[0]
 
