@@ -405,7 +405,11 @@ def plot(name: str | None, out: Path | None, listed: bool) -> None:
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def solvers(as_json: bool) -> None:
-    """List every solver: order, network calls for n steps, source."""
+    """List every solver: order, network calls for n steps, source.
+
+    \b
+    scoresolve solvers --json
+    """
     from scoresolve.solvers import REGISTRY, get_solver, nfe_rule
 
     rows = []
@@ -438,6 +442,9 @@ def demo(out: Path, seed: int) -> None:
     """The main job on real data: draw digits, state bits per dimension, compare solvers.
 
     Writes pictures, figures as JSON and one report page into the folder --out.
+
+    \b
+    scoresolve demo --out my-report
     """
     import torch
 

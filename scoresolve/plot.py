@@ -158,7 +158,7 @@ def plot_samples(panels: Mapping[str, Tensor], mixture: GaussianMixture | None =
     for axes, (title, x) in zip(row, points.items(), strict=True):
         if mixture is not None:
             _density(axes, mixture, centre, reach)
-        axes.scatter(*x.T, s=5, color=COLOURS[1], alpha=0.6, linewidth=0)
+        axes.scatter(x[:, 0], x[:, 1], s=5, color=COLOURS[1], alpha=0.6, linewidth=0)
         axes.set_xlim(centre[0] - reach, centre[0] + reach)
         axes.set_ylim(centre[1] - reach, centre[1] + reach)
         axes.set_aspect("equal")
@@ -170,7 +170,8 @@ def _plane(title: str, x: Tensor) -> np.ndarray:
     if x.ndim != 2 or x.shape[1] != 2:
         raise ShapeError(f"{title!r} holds samples of shape {tuple(x.shape)}: give [B, 2]")
     points: np.ndarray = x.detach().cpu().double().numpy()
-    return points[np.isfinite(points).all(1)]
+    good: np.ndarray = points[np.isfinite(points).all(1)]
+    return good
 
 
 def _density(axes: Axes, mixture: GaussianMixture, centre: np.ndarray, reach: float) -> None:
@@ -179,7 +180,7 @@ def _density(axes: Axes, mixture: GaussianMixture, centre: np.ndarray, reach: fl
     log_prob = mixture.log_prob(grid).reshape(240, 240).T
     extent = (centre[0] - reach, centre[0] + reach, centre[1] - reach, centre[1] + reach)
     top = float(log_prob.max())
-    shades = {"cmap": DENSITY, "vmin": top - 8, "vmax": top + 2}
+    shades: dict[str, Any] = {"cmap": DENSITY, "vmin": top - 8, "vmax": top + 2}
     axes.imshow(log_prob, origin="lower", extent=extent, interpolation="bilinear", **shades)
 
 

@@ -76,3 +76,6 @@ class Integrator(ABC):
             diffusion: g(t), [B] -> [B]; needed by a stochastic integrator.
             noise: source of randomness; needed by a stochastic integrator.
         """
+
+    def __repr__(self) -> str:
+        return f"<solver {self.name}>"

@@ -1,0 +1,173 @@
+"""The command line does what the verbs do, and fails in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file
+
+import scoresolve as ss
+from scoresolve.cli import main
+from scoresolve.digits import BIN_WIDTH, load_digits, load_network, to_unit
+from scoresolve.solvers import REGISTRY
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(main, arguments)
+
+
+def test_every_command_has_help_with_an_example() -> None:
+    assert "scoresolve demo" in run("--help").output
+    for name in main.commands:
+        result = run(name, "--help")
+        assert result.exit_code == 0
+        assert f"scoresolve {name}" in result.output
+
+
+def test_samples_are_those_of_the_verb(folder: Path) -> None:
+    result = run("sample", "--target", "ring", "--count", "5", "--nfe", "8", "--seed", "3")
+    assert result.exit_code == 0, result.output
+    assert "5 of 5 samples good, 8 network calls" in result.output
+    sde = ss.VP()
+    expected = ss.sample(ss.targets.ring().score_model(sde), sde, shape=(5, 2), nfe=8, seed=3).x
+    stored = load_file(folder / "samples.safetensors")
+    assert torch.equal(stored["x"], expected)
+    assert stored["status"].tolist() == [0] * 5
+
+
+def test_digits_are_drawn_and_pictured(folder: Path) -> None:
+    result = run(
+        *("sample", "--digits", "--count", "4", "--nfe", "5", "--solver", "heun"),
+        *("--grid", "karras", "--out", "d.npz", "--png", "d.png"),
+    )
+    assert result.exit_code == 0, result.output
+    with np.load(folder / "d.npz") as stored:
+        assert stored["x"].shape == (4, 1, 8, 8)
+    assert (folder / "d.png").stat().st_size > 1000
+
+
+def test_an_own_model_is_read_as_it_is_declared(folder: Path) -> None:
+    (folder / "nets.py").write_text(
+        "import scoresolve as ss\n"
+        "exact = ss.targets.ring().score_model(ss.VP())\n"
+        "def eps(x, t): return exact.predict('eps', x, t)\n"
+    )
+    arguments = ("sample", "--shape", "6,2", "--nfe", "6", "--solver", "ddim")
+    for out, model in (
+        ("a.npz", ("--model", "nets:eps", "--prediction", "eps")),
+        ("b.npz", ("--model", "nets:exact")),
+        ("c.npz", ("--target", "ring")),
+    ):
+        result = run(*arguments, *model, "--out", out)
+        assert result.exit_code == 0, result.output
+    a, b, c = (np.load(folder / name)["x"] for name in ("a.npz", "b.npz", "c.npz"))
+    np.testing.assert_allclose(a, c, atol=1e-5)
+    np.testing.assert_array_equal(b, c)
+
+
+def test_a_failed_sample_gives_exit_code_1(folder: Path) -> None:
+    (folder / "bad.py").write_text("def score(x, t): return x * float('nan')\n")
+    result = run("sample", "--model", "bad:score", "--shape", "2,2", "--nfe", "2")
+    assert result.exit_code == 1
+    assert "0 of 2 samples good" in result.output
+
+
+def test_likelihood_is_that_of_the_verb(folder: Path) -> None:
+    x = ss.targets.ring().sample(4)
+    np.save(folder / "x.npy", x.numpy())
+    result = run("likelihood", "--target", "ring", "--data", "x.npy", "--out", "l.npz")
+    assert result.exit_code == 0, result.output
+    with np.load(folder / "l.npz") as stored:
+        found = torch.from_numpy(stored["log_prob"])
+    sde = ss.VP()
+    expected = ss.log_likelihood(ss.targets.ring().score_model(sde), sde, x)
+    torch.testing.assert_close(found, expected.log_prob)
+    assert f"log-likelihood: {float(expected.log_prob.mean()):.4f}" in result.output
+
+
+def test_likelihood_of_held_out_digits_is_dequantised() -> None:
+    options = ("--count", "2", "--solver", "rk4_flow", "--nfe", "16", "--trace", "hutchinson")
+    result = run("likelihood", "--digits", *options)
+    assert result.exit_code == 0, result.output
+    expected = ss.log_likelihood(
+        ss.from_denoiser(load_network()),
+        ss.EDM(),
+        to_unit(load_digits("test").levels[:2], 0.0),
+        solver="rk4_flow",
+        nfe=16,
+        trace="hutchinson",
+        dequantise=BIN_WIDTH,
+    )
+    assert f"bits: {float(expected.bits_per_dim.mean()):.4f}" in result.output
+
+
+def test_certify_tells_pass_from_fail_by_its_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run("certify", "ddim", "--json")
+    assert result.exit_code == 0
+    (certificate,) = json.loads(result.output)
+    assert certificate["solver"] == "ddim"
+    assert certificate["passed"] is True
+
+    class Proud(ss.solvers.DPMSolverPP2M):
+        order = 3
+
+    monkeypatch.setitem(REGISTRY, "dpmpp_2m", Proud)
+    result = run("certify", "dpmpp_2m")
+    assert result.exit_code == 1
+    assert "FAILED" in result.output
+
+
+def test_solvers_lists_the_registry() -> None:
+    table = run("solvers").output
+    rows = json.loads(run("solvers", "--json").output)
+    assert [row["name"] for row in rows] == list(REGISTRY)
+    assert all(name in table for name in REGISTRY)
+    assert all(row["source"] for row in rows)
+    calls = {row["name"]: row["calls"] for row in rows}
+    assert (calls["ddim"], calls["heun"], calls["ab3"]) == ("n", "2n", "n + 1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("certify", "dpmpp2m"), "dpmpp_2m"),
+        (("certify",), "name at least one solver"),
+        (("sample", "--target", "ring"), "--shape or --count"),
+        (("sample", "--count", "2"), "one of --model"),
+        (("sample", "--model", "nowhere:f", "--shape", "2,2"), "nowhere"),
+        (("sample", "--target", "ring", "--shape", "two"), "whole numbers"),
+        (("sample", "--target", "ring", "--count", "2", "--sde-option", "T=x"), "KEY=NUMBER"),
+        (("sample", "--target", "ring", "--count", "2", "--sde-option", "q=1"), "no such option"),
+        (("sample", "--target", "ring", "--count", "2", "--grid", "kar"), "karras"),
+        (("sample", "--target", "ring", "--count", "2", "--out", "x.txt"), ".safetensors or .npz"),
+        (("likelihood", "--target", "ring"), "give --data"),
+        (("plot", "nothing"), "unknown picture"),
+        (("plot",), "name a picture"),
+    ],
+)
+def test_a_wrong_call_gets_one_line_and_exit_code_2(
+    arguments: tuple[str, ...], message: str
+) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert "Traceback" not in result.output
+
+
+def test_an_interrupt_gives_exit_code_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ss, "sample", interrupted)
+    assert run("sample", "--target", "ring", "--count", "2").exit_code == 130
