@@ -11,9 +11,13 @@ import click
 import torch
 
 import scoresolve
-from benchmarks import overhead
+from benchmarks import likelihood, overhead, tracing
 
-BENCHMARKS: dict[str, Callable[[], list[dict[str, object]]]] = {"overhead": overhead.measure}
+BENCHMARKS: dict[str, Callable[[], list[dict[str, object]]]] = {
+    "likelihood": likelihood.measure,
+    "overhead": overhead.measure,
+    "tracing": tracing.measure,
+}
 
 
 @click.command()

@@ -15,7 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from scoresolve.errors import ArgumentError, ShapeError
@@ -24,6 +26,8 @@ from scoresolve.plans.stages import Call, Combine, Draw, Mark, Stage
 from scoresolve.sde import SchedulePoint
 
 __all__ = ["Law", "Traced", "propagate"]
+
+Array = NDArray[np.float64]
 
 
 class Traced(Protocol):
@@ -147,70 +151,70 @@ def propagate(
             "not linear: it has no exact law"
         )
     mu, variance, basis = _eigen(mean, covariance)
-    affine = {
-        i: _prediction(stage.prediction, stage.point, mu, variance)
-        for i, stage in enumerate(plan.stages)
-        if isinstance(stage, Call) and stage.point is not None
-    }
+    calls = [stage for stage in plan.stages if isinstance(stage, Call)]
+    slopes, shifts = _predictions(calls, mu, variance)
+    affine = {call.out: (slopes[i], shifts[i]) for i, call in enumerate(calls)}
     marginal_mean = plan.start.alpha * mu
     marginal_variance = plan.start.alpha**2 * variance + plan.start.sigma**2
     if start == "prior":
-        start_mean = torch.zeros_like(mu)
-        start_variance = torch.full_like(mu, plan.prior_std**2)
+        start_mean = np.zeros_like(mu)
+        start_variance = np.full_like(mu, plan.prior_std**2)
     elif start == "marginal":
         start_mean, start_variance = marginal_mean, marginal_variance
     else:
         raise ArgumentError(f"start = {start!r}: choose 'prior' or 'marginal'")
 
-    values: dict[int, Tensor] = {0: start_mean}
-    for i, stage in enumerate(plan.stages):
+    zero = np.zeros_like(mu)
+    values: dict[int, Array] = {0: start_mean}
+    for stage in plan.stages:
         if isinstance(stage, Call):
-            slope, shift = affine[i]
+            slope, shift = affine[stage.out]
             values[stage.out] = slope * values[stage.x] + shift
         elif isinstance(stage, Draw):
-            values[stage.out] = torch.zeros_like(mu)
+            values[stage.out] = zero
         elif isinstance(stage, Combine):
-            values[stage.out] = sum(
-                (c * values[r] for r, c in stage.terms), start=torch.zeros_like(mu)
-            )
+            values[stage.out] = sum((c * values[r] for r, c in stage.terms), start=zero)
 
-    adjoint: dict[int, Tensor] = {plan.output: torch.ones_like(mu)}
-    noise_variance = torch.zeros_like(mu)
-    for i, stage in reversed(list(enumerate(plan.stages))):
+    adjoint: dict[int, Array] = {plan.output: np.ones_like(mu)}
+    noise_variance = zero
+    for stage in reversed(plan.stages):
         if isinstance(stage, Mark) or stage.out not in adjoint:
             continue
         weight = adjoint.pop(stage.out)
         if isinstance(stage, Draw):
             noise_variance = noise_variance + weight**2
-            continue
-        terms = stage.terms if isinstance(stage, Combine) else ((stage.x, affine[i][0]),)
-        for register, coefficient in terms:
-            adjoint[register] = adjoint.get(register, 0.0) + coefficient * weight
+        elif isinstance(stage, Call):
+            adjoint[stage.x] = adjoint.get(stage.x, zero) + affine[stage.out][0] * weight
+        elif isinstance(stage, Combine):
+            for register, coefficient in stage.terms:
+                adjoint[register] = adjoint.get(register, zero) + coefficient * weight
 
     end_variance = plan.end.alpha**2 * variance + plan.end.sigma**2
-    target_gain = (end_variance / marginal_variance).sqrt()
+    target_gain = np.sqrt(end_variance / marginal_variance)
     target_mean, target_variance = plan.end.alpha * mu, end_variance
     if plan.denoised:
-        shrink, shift = _prediction("x0", plan.end, mu, variance)
+        last = Call(-1, -1, 0.0, "x0", plan.end)
+        (shrink,), (shift,) = _predictions([last], mu, variance)
         target_mean = shrink * target_mean + shift
         target_gain, target_variance = shrink * target_gain, shrink**2 * target_variance
     return Law(
-        basis=basis,
-        gain=adjoint.get(0, torch.zeros_like(mu)),
-        noise_variance=noise_variance,
-        output_mean=values[plan.output],
-        start_mean=start_mean,
-        start_variance=start_variance,
-        target_mean=target_mean,
-        target_variance=target_variance,
-        target_gain=target_gain,
-        _marginal_start_mean=marginal_mean,
+        basis=None if basis is None else torch.from_numpy(basis),
+        gain=_tensor(adjoint.get(0, zero)),
+        noise_variance=_tensor(noise_variance),
+        output_mean=_tensor(values[plan.output]),
+        start_mean=_tensor(start_mean),
+        start_variance=_tensor(start_variance),
+        target_mean=_tensor(target_mean),
+        target_variance=_tensor(target_variance),
+        target_gain=_tensor(target_gain),
+        _marginal_start_mean=_tensor(marginal_mean),
     )
 
 
 def _eigen(
     mean: Tensor | Sequence[float] | float, covariance: Tensor | Sequence[Any] | float
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Array, Array, Array | None]:
+    """Mean and variances in the eigenbasis of the covariance, and the basis."""
     mu = torch.as_tensor(mean, dtype=torch.float64).detach().cpu()
     mu = mu[None] if mu.ndim == 0 else mu
     sigma = torch.as_tensor(covariance, dtype=torch.float64).detach().cpu()
@@ -234,16 +238,22 @@ def _eigen(
         mu = basis.T @ mu
     if variance.min() < -1e-10 * variance.abs().max():
         raise ArgumentError(f"the covariance has the negative eigenvalue {float(variance.min()):g}")
-    return mu, variance.clamp(min=0.0), basis
+    return mu.numpy(), variance.clamp(min=0.0).numpy(), None if basis is None else basis.numpy()
 
 
-def _prediction(
-    prediction: str, at: SchedulePoint, mu: Tensor, variance: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Slope and shift of the prediction as an affine function of x, per eigenvector."""
-    p, q = prediction_rows(prediction, at)
-    total = at.alpha**2 * variance + at.sigma**2
-    slope = (p * at.alpha * variance + q * at.sigma) / total
-    if prediction == "score":
-        slope, p = -1 / total, 0.0
-    return slope, p * mu - slope * at.alpha * mu
+def _predictions(calls: Sequence[Call], mu: Array, variance: Array) -> tuple[Array, Array]:
+    """Slope and shift of each call's prediction as an affine function of x, [calls, D]."""
+    columns: list[tuple[float, float, float, float, bool]] = []
+    for call in calls:
+        assert call.point is not None
+        p, q = prediction_rows(call.prediction, call.point)
+        alpha, sigma = call.point.alpha, call.point.sigma
+        columns.append((float(p), float(q), float(alpha), float(sigma), call.prediction == "score"))
+    p, q, alpha, sigma, is_score = np.array(columns, dtype=np.float64).reshape(-1, 5).T[..., None]
+    total = alpha**2 * variance + sigma**2
+    slope = np.where(is_score > 0, -1.0, p * alpha * variance + q * sigma) / total
+    return slope, p * mu - slope * alpha * mu
+
+
+def _tensor(values: Array) -> Tensor:
+    return torch.from_numpy(np.array(values))

@@ -12,8 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
-
 from scoresolve.errors import ArgumentError
 from scoresolve.plans import Linear, Run
 from scoresolve.solvers.base import Solver
@@ -29,9 +27,12 @@ def adams_weights(nodes: Sequence[float], start: float, end: float) -> list[floa
     u = [(node - start) / h for node in nodes]
     weights = []
     for j, u_j in enumerate(u):
-        others = u[:j] + u[j + 1 :]
-        basis = np.poly1d(others, r=True) / math.prod(u_j - other for other in others)
-        weights.append(h * float(np.polyint(basis)(1.0)))
+        basis = [1.0]  # of prod_k (u - u_k), lowest power first
+        for u_k in u[:j] + u[j + 1 :]:
+            shifted = [0.0, *basis]
+            basis = [high - u_k * low for high, low in zip(shifted, [*basis, 0.0], strict=True)]
+        scale = math.prod(u_j - u_k for u_k in u[:j] + u[j + 1 :])
+        weights.append(h * sum(c / (n + 1) for n, c in enumerate(basis)) / scale)
     return weights
 
 
