@@ -8,6 +8,7 @@ CosineVP:  alpha = cos(theta)/cos(theta_0), theta linear in t, sigma^2 = 1 - alp
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -23,9 +24,9 @@ __all__ = ["VP", "CosineVP", "SubVP", "VariancePreserving"]
 class VariancePreserving(GaussianSDE):
     """Drift -beta/2 x, from `beta` and `log_alpha`; unless overridden alpha^2 + sigma^2 = 1."""
 
+    @abstractmethod
     def beta(self, t: TimeLike) -> Tensor:
         """Noise rate beta(t) = -2 d log alpha / dt, shape of `t`."""
-        raise NotImplementedError
 
     def alpha(self, t: TimeLike) -> Tensor:
         return self.log_alpha(t).exp()
