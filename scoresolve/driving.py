@@ -162,6 +162,8 @@ class IntegratorEngine(Engine):
     def __init__(
         self, solver: Integrator, sde: SDE, ends: tuple[float, float], denoise: bool
     ) -> None:
+        if denoise and not isinstance(sde, GaussianSDE):
+            raise ArgumentError(f"denoise= needs sigma(t), which {sde} does not have: leave it out")
         self.solver, self.sde, self.ends, self.denoise = solver, sde, ends, denoise
 
     def solve(

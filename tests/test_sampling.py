@@ -34,7 +34,16 @@ from scoresolve.models import from_denoiser, from_discrete, from_eps, from_x0
 from scoresolve.noise import NoiseSource, Philox, Purpose, Times
 from scoresolve.plans import StepReport
 from scoresolve.sampling import Samples, encode, plan, sample
-from scoresolve.sde import EDM, VE, VP, DiscreteVP, GaussianSDE, RectifiedFlow, linear_betas
+from scoresolve.sde import (
+    EDM,
+    VE,
+    VP,
+    DiscreteVP,
+    GaussianSDE,
+    Langevin,
+    RectifiedFlow,
+    linear_betas,
+)
 from scoresolve.solvers import REGISTRY, DormandPrince, Integrator, Solver, get_solver
 from scoresolve.targets import GaussianMixture
 
@@ -674,3 +683,12 @@ def test_the_default_finds_the_mixture(sde: GaussianSDE) -> None:
     assert abs(float(left.double().mean()) - 0.25) < 5 * math.sqrt(0.25 * 0.75 / n)
     spread = (out.x - torch.where(left[:, None], mixture.means[0], mixture.means[1])).var()
     assert float(spread) == pytest.approx(0.05, rel=5 * math.sqrt(2 / (2 * n)))
+
+
+def test_denoising_a_process_without_sigma_is_refused_before_any_call() -> None:
+    def score(x: Tensor, t: Tensor) -> Tensor:
+        raise AssertionError("the model was called")
+
+    process = Langevin(lambda x: -x)
+    with pytest.raises(ArgumentError, match="denoise="):
+        sample(score, process, x=torch.zeros(2, 3), solver="dopri5", denoise=True)
