@@ -269,7 +269,9 @@ def sample(
         from scoresolve.plot import plot_images, plot_samples
 
         draw = plot_images if found.x.ndim == 4 else plot_samples
-        draw({f"{len(found.x)} samples, {found.nfe} calls": found.x}).savefig(png)
+        draw({f"{len(found.x)} samples, {found.nfe} calls": found.x}).savefig(
+            png, bbox_inches="tight"
+        )
     good = int(found.ok.sum())
     click.echo(f"{good} of {len(found.x)} samples good, {found.nfe} network calls, in {out}")
     if good < len(found.x):
@@ -398,7 +400,7 @@ def plot(name: str | None, out: Path | None, listed: bool) -> None:
     if name is None:
         raise click.UsageError("name a picture; --list shows them")
     path = out or Path(f"{name}.png")
-    picture(name).savefig(path)
+    picture(name).savefig(path, bbox_inches="tight")
     click.echo(f"{name} drawn in {path}")
 
 

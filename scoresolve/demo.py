@@ -167,8 +167,8 @@ def run_demo(out: Path, settings: DemoSettings | None = None) -> DemoReport:
         seconds=seconds,
         page=out / "report.html",
     )
-    digits.savefig(out / "digits.png")
-    solvers.savefig(out / "solvers.png")
+    digits.savefig(out / "digits.png", bbox_inches="tight")
+    solvers.savefig(out / "solvers.png", bbox_inches="tight")
     (out / "report.json").write_text(json.dumps(asdict(report), indent=2, default=str))
     report.page.write_text(_page(report, out), encoding="utf-8")
     return report

@@ -29,7 +29,7 @@ from scoresolve.grid import make_grid
 from scoresolve.metrics import Comparison, class_mixture, compare
 from scoresolve.models import from_denoiser
 from scoresolve.plans import StepReport
-from scoresolve.sampling import DEFAULT_SOLVER, plan, sample
+from scoresolve.sampling import DEFAULT_GRID, DEFAULT_SOLVER, plan, sample
 from scoresolve.sde import EDM, VP, GaussianSDE
 from scoresolve.targets import GaussianMixture, ring
 
@@ -394,7 +394,7 @@ def _picture_samples() -> Figure:
                 mixture.score_model(sde), sde, shape=(800, 2), solver=solver, grid=grid, nfe=nfe
             ).x
             for solver, grid, nfe in (
-                (DEFAULT_SOLVER, "sqrt_angle", 10),
+                (DEFAULT_SOLVER, DEFAULT_GRID, 10),
                 ("dpmpp_2m", "karras", 10),
             )
         },
