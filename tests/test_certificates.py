@@ -11,7 +11,7 @@ import scoresolve as ss
 from scoresolve.certificates import certify, measured_order
 from scoresolve.errors import ArgumentError, UnknownNameError
 from scoresolve.plans import Linear, Run
-from scoresolve.solvers import REGISTRY, DPMSolverPP2M, EulerMaruyama, Solver, get_solver
+from scoresolve.solvers import REGISTRY, DPMSolverPP, EulerMaruyama, Solver, get_solver
 
 FIXED = [name for name in REGISTRY if isinstance(get_solver(name), Solver)]
 COARSE = (32, 64, 128, 256)
@@ -30,7 +30,7 @@ def test_certificates_hold_on_other_processes(name: str, sde: ss.GaussianSDE) ->
     assert certificate.passed, str(certificate)
 
 
-class WrongSigma(DPMSolverPP2M):
+class WrongSigma(DPMSolverPP):
     """sigma_t in both places of the ratio."""
 
     name = "wrong_sigma"
@@ -40,7 +40,7 @@ class WrongSigma(DPMSolverPP2M):
         return right + (1 - run.sigma(s) / run.sigma(t)) * 0.1 * x
 
 
-class WrongFactor(DPMSolverPP2M):
+class WrongFactor(DPMSolverPP):
     """The slope's 1/2 is missing."""
 
     name = "wrong_factor"
@@ -71,7 +71,7 @@ def test_a_broken_solver_fails(broken: Solver) -> None:
 
 
 def test_claiming_too_high_an_order_fails() -> None:
-    solver = DPMSolverPP2M()
+    solver = DPMSolverPP()
     solver.order = 3
     certificate = certify(solver, refinements=COARSE)
     assert not certificate.passed

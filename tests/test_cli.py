@@ -119,7 +119,7 @@ def test_certify_tells_pass_from_fail_by_its_exit_code(monkeypatch: pytest.Monke
     assert certificate["solver"] == "ddim"
     assert certificate["passed"] is True
 
-    class Proud(ss.solvers.DPMSolverPP2M):
+    class Proud(ss.solvers.DPMSolverPP):
         order = 3
 
     monkeypatch.setitem(REGISTRY, "dpmpp_2m", Proud)

@@ -86,7 +86,8 @@ def _fuse(instructions: list[_Instruction]) -> list[_Instruction]:
     fused: list[_Instruction] = []
     for this in instructions:
         last = fused[-1] if fused else None
-        if last is not None and last.op == _CALL and this.op == _COMBINE:
+        alone = last is not None and last.op == _CALL and last.detail[1] is None
+        if last is not None and alone and this.op == _COMBINE:
             call, _ = last.detail
             freed = tuple(slot for slot in last.freed if slot != this.out) + this.freed
             fused[-1] = _Instruction(_CALL, last.out, last.source, (call, this), freed)

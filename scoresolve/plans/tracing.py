@@ -80,6 +80,7 @@ class Steps(Protocol):
     name: str
     predicts: str
     stochastic: bool
+    jumps_at_ends: bool
 
     def step(self, x: Linear, t: float, s: float, run: Run) -> Linear: ...
 
@@ -135,6 +136,11 @@ class Run:
         """Noise standard deviation at `t`."""
         return math.exp(self._logs(t)[1])
 
+    def rates(self, t: float) -> tuple[float, float]:
+        """Time derivatives of alpha and sigma at `t`."""
+        point = self._gaussian().point(torch.tensor(t, dtype=torch.float64))
+        return float(point.alpha_dot), float(point.sigma_dot)
+
     def log_snr_half(self, t: float) -> float:
         """lam(t) = log(alpha / sigma), half the log-SNR."""
         log_alpha, log_sigma = self._logs(t)
@@ -178,6 +184,10 @@ class Run:
         self._draws += 1
         return Linear({out: 1.0})
 
+    def hold(self, x: Linear) -> Linear:
+        """The same value in one register, so that sums over sub-steps do not grow."""
+        return Linear({self._materialise(x): 1.0})
+
     def drift(self, x: Linear, t: float) -> Linear:
         """The forward drift f(x, t)."""
         if isinstance(self.sde, GaussianSDE):
@@ -193,11 +203,25 @@ class Run:
         self._draws += kernel.calls
         return Linear({out: 1.0})
 
+    def jump(self, x: Linear, t: float, s: float, fresh: bool = False) -> Linear:
+        """alpha_s x0 + sigma_s eps with the predicted x0 and its eps, or fresh noise for eps."""
+        x0 = self.predict(x, t, "x0")
+        self._first_call = None  # a node that no polynomial in log-SNR passes through
+        result = self.alpha(s) * x0
+        if self.sigma(s) == 0:
+            return result
+        eps = self.noise(t, s) if fresh else (x - self.alpha(t) * x0) / self.sigma(t)
+        return result + self.sigma(s) * eps
+
     def advance(self, solver: Steps, x: Linear, t: float, s: float) -> Linear:
         """One step of `solver`, recorded in `past` and materialised."""
         self._first_call = None
         try:
-            result = Linear({self._materialise(solver.step(x, t, s, self)): 1.0})
+            if solver.jumps_at_ends and 0 in (self.alpha(t), self.sigma(s)):
+                stepped = self.jump(x, t, s, fresh=solver.stochastic)
+            else:
+                stepped = solver.step(x, t, s, self)
+            result = self.hold(stepped)
         except ScoresolveError:
             raise
         except (ArithmeticError, ValueError) as error:  # 1/0, overflow, log(0)

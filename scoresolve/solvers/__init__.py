@@ -1,6 +1,8 @@
 """Solvers, one file a family, and the registry of their names."""
 
+from scoresolve.solvers.adams import DEIS, Adams, AdamsBashforth, ExponentialAdams
 from scoresolve.solvers.adaptive import DormandPrince
+from scoresolve.solvers.ancestral import DPM2Ancestral, DPMSolverPP2SAncestral
 from scoresolve.solvers.base import Solver
 from scoresolve.solvers.bridges import TorchDiffEq, TorchSDE
 from scoresolve.solvers.correctors import (
@@ -9,41 +11,84 @@ from scoresolve.solvers.correctors import (
     LangevinCorrector,
     PredictorCorrector,
 )
-from scoresolve.solvers.forms import FORMS, Form
+from scoresolve.solvers.exponential import (
+    RES2S,
+    RES3S,
+    SEEDS,
+    DPMSolver,
+    DPMSolverFast,
+    DPMSolverPPS,
+    SDEDPMSolverPPS,
+)
+from scoresolve.solvers.forms import FORMS, Form, data_form, noise_form
 from scoresolve.solvers.integrator import Integrator, Solution
-from scoresolve.solvers.multistep import AdamsBashforth, DPMSolverPP2M
-from scoresolve.solvers.registry import REGISTRY, get_solver, nfe_rule
+from scoresolve.solvers.multistep import IPNDM, PNDM, DPMSolverPP, GradientEstimation, UniPC
+from scoresolve.solvers.registry import ALIASES, REGISTRY, get_solver, nfe_rule
+from scoresolve.solvers.renoising import Churn, Consistency, Resampling, Restart
 from scoresolve.solvers.runge_kutta import RungeKutta
 from scoresolve.solvers.stochastic import (
     DDIM,
     DDPM,
     EulerMaruyama,
+    FlowSDE,
     ReverseDiffusion,
     StochasticHeun,
 )
+from scoresolve.solvers.stochastic_multistep import ERSDE, GDDIM, SASolver, SDEDPMSolverPP
+from scoresolve.solvers.strong import SRA1, ShARK
 
 __all__ = [
+    "ALIASES",
     "DDIM",
     "DDPM",
+    "DEIS",
+    "ERSDE",
     "FORMS",
+    "GDDIM",
+    "IPNDM",
+    "PNDM",
     "REGISTRY",
+    "RES2S",
+    "RES3S",
+    "SEEDS",
+    "SRA1",
+    "Adams",
     "AdamsBashforth",
     "AnnealedCorrector",
+    "Churn",
+    "Consistency",
     "Corrector",
-    "DPMSolverPP2M",
+    "DPM2Ancestral",
+    "DPMSolver",
+    "DPMSolverFast",
+    "DPMSolverPP",
+    "DPMSolverPP2SAncestral",
+    "DPMSolverPPS",
     "DormandPrince",
     "EulerMaruyama",
+    "ExponentialAdams",
+    "FlowSDE",
     "Form",
+    "GradientEstimation",
     "Integrator",
     "LangevinCorrector",
     "PredictorCorrector",
+    "Resampling",
+    "Restart",
     "ReverseDiffusion",
     "RungeKutta",
+    "SASolver",
+    "SDEDPMSolverPP",
+    "SDEDPMSolverPPS",
+    "ShARK",
     "Solution",
     "Solver",
     "StochasticHeun",
     "TorchDiffEq",
     "TorchSDE",
+    "UniPC",
+    "data_form",
     "get_solver",
     "nfe_rule",
+    "noise_form",
 ]

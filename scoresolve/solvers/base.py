@@ -24,6 +24,8 @@ class Solver(ABC):
             the grid alone does not converge, as with an unadjusted corrector.
         stochastic: whether a step draws noise.
         source: paper and equation.
+        jumps_at_ends: whether its variables are singular at alpha = 0 and at sigma = 0. A step
+            from or to there is then a jump by the predicted x0, with one call.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Solver(ABC):
     order: int | None
     stochastic: bool = False
     source: str
+    jumps_at_ends: bool = False
 
     @abstractmethod
     def step(self, x: Linear, t: float, s: float, run: Run) -> Linear:

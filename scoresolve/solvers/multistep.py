@@ -1,10 +1,11 @@
-"""Multistep methods on the probability flow: one network call a step, memory instead of stages.
+"""Published multistep methods with weights of their own.
 
-Adams-Bashforth integrates the polynomial through the last slopes over the step,
+Each combines the predictions at the last few states; what differs is the weights:
 
-    y_s = y_t + sum_j w_j k_j,    w_j = int_{tau_t}^{tau_s} l_j(tau) dtau,
+    eps form   x_s/alpha_s = x_t/alpha_t + (k_s - k_t) e,   k = sigma/alpha,
+    x0 form    x_s/sigma_s = x_t/sigma_t + (1/k_s - 1/k_t) d,
 
-with l_j the Lagrange polynomials of the past clock readings: any step sizes, exact weights.
+with e or d a fixed (PNDM, iPNDM) or step-dependent (2M) mean of past predictions.
 """
 
 from __future__ import annotations
@@ -14,93 +15,241 @@ from collections.abc import Sequence
 
 from scoresolve.errors import ArgumentError
 from scoresolve.plans import Linear, Run
+from scoresolve.solvers.adams import Adams, ExponentialAdams
 from scoresolve.solvers.base import Solver
-from scoresolve.solvers.forms import get_form
-from scoresolve.solvers.runge_kutta import EULER, HEUN, KUTTA3, advance
+from scoresolve.solvers.forms import Form, get_form
 
-__all__ = ["AdamsBashforth", "DPMSolverPP2M", "adams_weights"]
+__all__ = ["IPNDM", "PNDM", "DPMSolverPP", "GradientEstimation", "UniPC"]
 
-
-def adams_weights(nodes: Sequence[float], start: float, end: float) -> list[float]:
-    """Integrals of the Lagrange polynomials of distinct `nodes` from `start` to `end`."""
-    h = end - start
-    u = [(node - start) / h for node in nodes]
-    weights = []
-    for j, u_j in enumerate(u):
-        basis = [1.0]  # of prod_k (u - u_k), lowest power first
-        for u_k in u[:j] + u[j + 1 :]:
-            shifted = [0.0, *basis]
-            basis = [high - u_k * low for high, low in zip(shifted, [*basis, 0.0], strict=True)]
-        scale = math.prod(u_j - u_k for u_k in u[:j] + u[j + 1 :])
-        weights.append(h * sum(c / (n + 1) for n, c in enumerate(basis)) / scale)
-    return weights
+EQUAL_STEPS = (
+    (1.0,),
+    (3 / 2, -1 / 2),
+    (23 / 12, -16 / 12, 5 / 12),
+    (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+)
+"""Adams-Bashforth weights for equal steps, newest first."""
 
 
-class AdamsBashforth(Solver):
-    """Variable-step Adams-Bashforth of order 2 to 4 in any form of the probability flow.
+class DPMSolverPP(ExponentialAdams):
+    """DPM-Solver++ multistep (2M, 3M) on the data prediction.
 
-    Until enough slopes are known the steps are Runge-Kutta of order one less, which keeps the
-    global order: order 3 spends one extra call on its start, order 4 four.
-
-    Args:
-        order: 2, 3 or 4.
-        form: "eps", "x0", "v" or "flow"; see `scoresolve.solvers.forms`.
-
-    Raises:
-        ArgumentError: another order.
-        UnknownNameError: no such form.
-
-    Source:
-        Hairer, Norsett and Wanner 1993, III.5; in eps form the tAB-DEIS of Zhang and Chen 2023
-        (2204.13902), section 3.3, with sigma/alpha for its clock.
-    """
-
-    source = "Hairer et al. 1993, III.5; Zhang and Chen 2023 (2204.13902)"
-
-    def __init__(self, order: int = 3, form: str = "eps") -> None:
-        if order not in (2, 3, 4):
-            raise ArgumentError(f"Adams-Bashforth of order {order}: choose 2, 3 or 4")
-        self.order: int = order
-        self.form = get_form(form)
-        self.predicts = self.form.prediction
-        self.name = f"ab{order}" if form == "eps" else f"ab{order}_{form}"
-        self.starter = {2: EULER, 3: HEUN, 4: KUTTA3}[order]
-
-    def step(self, x: Linear, t: float, s: float, run: Run) -> Linear:
-        form, y = self.form, x / self.form.scale(run, t)
-        known = run.past[max(0, len(run.past) - self.order + 1) :]
-        if len(known) + 1 < self.order - 1:
-            y, _ = advance(self.starter, form, y, t, s, run)
-            return form.scale(run, s) * y
-        slopes = [form.rate(run, past.t) * past.m for past in known]
-        slopes.append(form.slope(run, y, t))
-        nodes = [form.clock(run, past.t) for past in known] + [form.clock(run, t)]
-        weights = adams_weights(nodes, nodes[-1], form.clock(run, s))
-        y = sum((w * k for w, k in zip(weights, slopes, strict=True)), start=y)
-        return form.scale(run, s) * y
-
-
-class DPMSolverPP2M(Solver):
-    """DPM-Solver++ (2M): exponential two-step method on the data prediction.
-
-    With lam = log(alpha/sigma), h = lam_s - lam_t and r the previous step over h,
+    With lam = log(alpha/sigma), h = lam_s - lam_t and r the previous step over h, order 2 is
 
         D = (1 + 1/(2r)) m_t - 1/(2r) m_previous,
         x_s = sigma_s/sigma_t x_t - alpha_s (exp(-h) - 1) D.
 
-    The first step takes D = m_t.
+    Order 3 integrates the parabola in lam through the last three predictions. (The published 3M
+    halves its second difference, which leaves order 2.)
+
+    Args:
+        order: 1 (DDIM), 2 or 3.
+        start: "matched" or "graded", as in `Adams`; order 3 as published is graded.
+
+    Raises:
+        ArgumentError: another order or start.
 
     Source:
-        Lu et al. 2022 (2211.01095), algorithm 2.
+        Lu et al. 2022 (2211.01095), algorithm 2 and appendix B.
     """
 
-    name, predicts, order = "dpmpp_2m", "x0", 2
     source = "Lu et al. 2022 (2211.01095), algorithm 2"
 
+    def __init__(self, order: int = 2, start: str = "matched") -> None:
+        if order not in (1, 2, 3):
+            raise ArgumentError(f"DPM-Solver++ of order {order}: choose 1, 2 or 3")
+        super().__init__(order, "x0", start)
+        self.name = f"dpmpp_{order}m"
+
+    def predictor_weights(
+        self, run: Run, form: Form, nodes: Sequence[float], t: float, s: float
+    ) -> list[float]:
+        if self.nodes != 2 or len(nodes) != 2:
+            return super().predictor_weights(run, form, nodes, t, s)
+        before, now, after = (run.log_snr_half(time) for time in (*nodes, s))
+        length = form.clock(run, s) - form.clock(run, t)
+        extra = length * (after - now) / (now - before) / 2
+        return [-extra, length + extra]
+
+
+class UniPC(Adams):
+    """UniPC: predictor UniP-p and corrector UniC-p, which costs no call.
+
+    Both are Adams methods with the polynomial in half the log-SNR. The function B(h) of the paper
+    cancels wherever its linear system is solved; it matters where the published code puts 1/2 for
+    the solution, in the predictor of two nodes and the corrector of two:
+
+        UniP-2   y_s = y_t + (tau_s - tau_t) m_t + c (m_t - m_previous) h/(2 h_previous),
+        UniC-1   y_s = y_t + (tau_s - tau_t) m_t + c (m_s - m_t)/2,
+
+    with c the scaled B_1 = h or B_2 = exp(h) - 1.
+
+    Args:
+        order: p, 1 to 4.
+        variant: "bh1" or "bh2".
+        form: "x0" or "eps".
+        correct: whether the corrector is used; without it this is UniP-p.
+        start: "matched" or "graded", as in `Adams`; the paper's is graded.
+
+    Raises:
+        ArgumentError: another order, variant or start.
+
+    Source:
+        Zhao et al. 2023 (2302.04867), algorithms 1 and 2, section 3.
+    """
+
+    source = "Zhao et al. 2023 (2302.04867), algorithms 1 and 2"
+
+    def __init__(
+        self,
+        order: int = 3,
+        variant: str = "bh1",
+        form: str = "x0",
+        correct: bool = True,
+        start: str = "matched",
+    ) -> None:
+        if order not in (1, 2, 3, 4) or variant not in ("bh1", "bh2"):
+            raise ArgumentError(f"UniPC of order {order}, {variant!r}: 1 to 4, 'bh1' or 'bh2'")
+        super().__init__(order, get_form(form), "log_snr", 1 if correct else None, start)
+        self.variant = variant
+        self.jumps_at_ends = True
+        settings = (str(order), variant, form)
+        usual = ("3", "bh1", "x0")
+        parts = (value for value, default in zip(settings, usual, strict=True) if value != default)
+        self.name = "_".join(["uni_pc" if correct else "uni_p", *parts])
+
+    def predictor_weights(
+        self, run: Run, form: Form, nodes: Sequence[float], t: float, s: float
+    ) -> list[float]:
+        if len(nodes) != 2:
+            return super().predictor_weights(run, form, nodes, t, s)
+        (before, now, after) = (run.log_snr_half(time) for time in (*nodes, s))
+        half = self._scaled_b(run, form, t, s) / 2 * (after - now) / (now - before)
+        return [-half, form.clock(run, s) - form.clock(run, t) + half]
+
+    def corrector_weights(
+        self, run: Run, form: Form, nodes: Sequence[float], t: float, s: float
+    ) -> list[float]:
+        if len(nodes) != 2:
+            return super().corrector_weights(run, form, nodes, t, s)
+        half = self._scaled_b(run, form, t, s) / 2
+        return [form.clock(run, s) - form.clock(run, t) - half, half]
+
+    def _scaled_b(self, run: Run, form: Form, t: float, s: float) -> float:
+        """B(h) in units of tau."""
+        after = run.log_snr_half(s)
+        sign = -1 if form.prediction == "x0" else 1
+        h = sign * (after - run.log_snr_half(t))
+        b = h if self.variant == "bh1" else math.expm1(h)
+        return -b * math.exp(-sign * after)
+
+
+class IPNDM(Solver):
+    """iPNDM: Adams-Bashforth weights for equal steps on eps, whatever the steps are.
+
+        x_s/alpha_s = x_t/alpha_t + (k_s - k_t) (55 e_t - 59 e_1 + 37 e_2 - 9 e_3)/24.
+
+    The fixed weights limit the measured order to 2 on any grid that is not even in k = sigma/alpha;
+    `AdamsBashforth` has the weights for unequal steps (iPNDM_v).
+
+    Args:
+        order: weights of 1 to 4 predictions; the first steps take as many as there are.
+
+    Raises:
+        ArgumentError: another order.
+
+    Source:
+        Zhang and Chen 2023 (2204.13902), appendix B.4.
+    """
+
+    predicts, source = "eps", "Zhang and Chen 2023 (2204.13902), appendix B.4"
+
+    def __init__(self, order: int = 4) -> None:
+        if order not in (1, 2, 3, 4):
+            raise ArgumentError(f"iPNDM of order {order}: choose 1 to 4")
+        self.terms, self.order = order, min(order, 2)
+        self.name = "ipndm" if order == 4 else f"ipndm_{order}"
+
     def step(self, x: Linear, t: float, s: float, run: Run) -> Linear:
-        m, h = run.predict(x, t), run.log_snr_half(s) - run.log_snr_half(t)
-        slope = 0.0 * m
-        if run.past:
-            slope = (h / run.past[-1].h / 2) * (m - run.past[-1].m)
-        decay = run.sigma(s) / run.sigma(t)
-        return decay * x - run.alpha(s) * math.expm1(-h) * (m + slope)
+        e = run.predict(x, t)
+        known = [past.m for past in run.past[: -self.terms : -1]]
+        return _transfer(x, _mean([e, *known]), t, s, run)
+
+
+class PNDM(Solver):
+    """Pseudo numerical methods: Adams-Bashforth weights for equal steps after a special start.
+
+    The start is three Runge-Kutta steps with nodes halfway in time (4 calls each), or, as "plms",
+    one improved Euler step (2 calls) and then as many predictions as there are. As in `IPNDM` the
+    fixed weights limit the measured order to 2.
+
+    Args:
+        start: "runge_kutta" or "plms".
+
+    Raises:
+        ArgumentError: another start.
+
+    Source:
+        Liu et al. 2022 (2202.09778), eq. 9 to 13, algorithm 2.
+    """
+
+    predicts, order, source = "eps", 2, "Liu et al. 2022 (2202.09778), algorithm 2"
+
+    def __init__(self, start: str = "runge_kutta") -> None:
+        if start not in ("runge_kutta", "plms"):
+            raise ArgumentError(f"start = {start!r}: choose 'runge_kutta' or 'plms'")
+        self.start, self.name = start, "pndm" if start == "runge_kutta" else "plms"
+
+    def step(self, x: Linear, t: float, s: float, run: Run) -> Linear:
+        e_1 = run.predict(x, t)
+        if self.start == "plms" and not run.past:
+            e_2 = run.predict(_transfer(x, e_1, t, s, run), s)
+            return _transfer(x, (e_1 + e_2) / 2, t, s, run)
+        if self.start == "runge_kutta" and len(run.past) < 3:
+            middle = (t + s) / 2
+            e_2 = run.predict(_transfer(x, e_1, t, middle, run), middle)
+            e_3 = run.predict(_transfer(x, e_2, t, middle, run), middle)
+            e_4 = run.predict(_transfer(x, e_3, t, s, run), s)
+            return _transfer(x, (e_1 + 2 * e_2 + 2 * e_3 + e_4) / 6, t, s, run)
+        known = [past.m for past in run.past[:-4:-1]]
+        return _transfer(x, _mean([e_1, *known]), t, s, run)
+
+
+class GradientEstimation(Solver):
+    """Gradient estimation: DDIM along an eps that is pushed away from the previous one.
+
+        e = e_t + (gamma - 1) (e_t - e_previous).
+
+    gamma = 3/2 would be Adams-Bashforth for equal steps; the published 2 is of order 1.
+
+    Args:
+        gamma: the push, 1 is DDIM.
+
+    Source:
+        Permenter and Yuan 2023 (2306.04848), eq. 13 and algorithm 2.
+    """
+
+    name, predicts, order = "gradient_estimation", "eps", 1
+    source = "Permenter and Yuan 2023 (2306.04848), algorithm 2"
+
+    def __init__(self, gamma: float = 2.0) -> None:
+        if not math.isfinite(gamma):
+            raise ArgumentError(f"gamma = {gamma}: give a finite number")
+        self.gamma = gamma
+
+    def step(self, x: Linear, t: float, s: float, run: Run) -> Linear:
+        e = run.predict(x, t)
+        push = (self.gamma - 1) * (e - run.past[-1].m) if run.past else 0.0 * e
+        return _transfer(x, e + push, t, s, run)
+
+
+def _mean(newest_first: Sequence[Linear]) -> Linear:
+    """The mean of past predictions with Adams-Bashforth weights for equal steps."""
+    terms = zip(EQUAL_STEPS[len(newest_first) - 1], newest_first, strict=True)
+    return sum((weight * e for weight, e in terms), start=0.0 * newest_first[0])
+
+
+def _transfer(x: Linear, e: Linear, t: float, s: float, run: Run) -> Linear:
+    """DDIM from t to s with the given eps."""
+    form = get_form("eps")
+    y = x / form.scale(run, t) + (form.clock(run, s) - form.clock(run, t)) * e
+    return form.scale(run, s) * y

@@ -13,23 +13,38 @@ from scoresolve.errors import ArgumentError, UnknownNameError
 from scoresolve.grid import make_grid
 from scoresolve.plans import trace
 from scoresolve.sde import VP
+from scoresolve.solvers.adams import DEIS, AdamsBashforth, ExponentialAdams
 from scoresolve.solvers.adaptive import DormandPrince
+from scoresolve.solvers.ancestral import DPM2Ancestral, DPMSolverPP2SAncestral
 from scoresolve.solvers.base import Solver
 from scoresolve.solvers.bridges import TorchDiffEq, TorchSDE
 from scoresolve.solvers.correctors import AnnealedCorrector, LangevinCorrector, PredictorCorrector
+from scoresolve.solvers.exponential import (
+    RES2S,
+    RES3S,
+    SEEDS,
+    DPMSolver,
+    DPMSolverFast,
+    DPMSolverPPS,
+    SDEDPMSolverPPS,
+)
 from scoresolve.solvers.forms import FORMS
 from scoresolve.solvers.integrator import Integrator
-from scoresolve.solvers.multistep import AdamsBashforth, DPMSolverPP2M
+from scoresolve.solvers.multistep import IPNDM, PNDM, DPMSolverPP, GradientEstimation, UniPC
+from scoresolve.solvers.renoising import Churn, Consistency, Resampling, Restart
 from scoresolve.solvers.runge_kutta import RungeKutta
 from scoresolve.solvers.stochastic import (
     DDIM,
     DDPM,
     EulerMaruyama,
+    FlowSDE,
     ReverseDiffusion,
     StochasticHeun,
 )
+from scoresolve.solvers.stochastic_multistep import ERSDE, GDDIM, SASolver, SDEDPMSolverPP
+from scoresolve.solvers.strong import SRA1, ShARK
 
-__all__ = ["REGISTRY", "get_solver", "nfe_rule"]
+__all__ = ["ALIASES", "REGISTRY", "get_solver", "nfe_rule"]
 
 _EPS = {"eps": "", **{form: f"_{form}" for form in FORMS if form != "eps"}}
 
@@ -44,13 +59,49 @@ REGISTRY: dict[str, Callable[[], Solver | Integrator]] = {
         for order in (2, 3, 4)
         for form, suffix in _EPS.items()
     },
+    **{f"eab{order}": partial(ExponentialAdams, order) for order in (2, 4)},
     "ddim": DDIM,
-    "dpmpp_2m": DPMSolverPP2M,
+    **{f"dpm_solver_{order}": partial(DPMSolver, order) for order in (2, 3)},
+    "dpm_fast": DPMSolverFast,
+    **{f"dpmpp_{order}s": partial(DPMSolverPPS, order) for order in (2, 3)},
+    **{f"dpmpp_{order}m": partial(DPMSolverPP, order) for order in (2, 3)},
+    "res_2s": RES2S,
+    "res_3s": RES3S,
+    **{f"deis_tab{order}": partial(DEIS, order) for order in (2, 3, 4)},
+    "uni_pc": UniPC,
+    "uni_pc_bh2": partial(UniPC, variant="bh2"),
+    "uni_p": partial(UniPC, correct=False),
+    **{f"uni_pc_{order}": partial(UniPC, order) for order in (1, 2, 4)},
+    "uni_pc_eps": partial(UniPC, form="eps"),
+    "ipndm": IPNDM,
+    **{f"ipndm_{order}": partial(IPNDM, order) for order in (2, 3)},
+    "pndm": PNDM,
+    "plms": partial(PNDM, "plms"),
+    "gradient_estimation": GradientEstimation,
     "ddpm": DDPM,
     "ddpm_forward": partial(DDPM, "forward"),
+    "dpm_2_ancestral": DPM2Ancestral,
+    "dpmpp_2s_ancestral": DPMSolverPP2SAncestral,
+    "gddim": GDDIM,
+    "dpmpp_sde": SDEDPMSolverPPS,
+    "dpmpp_2m_sde": SDEDPMSolverPP,
+    "dpmpp_2m_sde_heun": partial(SDEDPMSolverPP, 2, "heun"),
+    "dpmpp_3m_sde": partial(SDEDPMSolverPP, 3),
+    **{f"seeds_{stages}": partial(SEEDS, stages) for stages in (1, 2, 3)},
+    "sa_solver": SASolver,
+    **{f"sa_solver_{order}": partial(SASolver, order) for order in (1, 2)},
+    "er_sde": ERSDE,
+    **{f"er_sde_{order}": partial(ERSDE, order) for order in (1, 2)},
     "euler_maruyama": EulerMaruyama,
     "stochastic_heun": StochasticHeun,
+    "sra1": SRA1,
+    "shark": ShARK,
     "reverse_diffusion": ReverseDiffusion,
+    "flow_sde": FlowSDE,
+    "edm_churn": Churn,
+    "restart": Restart,
+    "repaint": lambda: Resampling(DDPM(), times=10),
+    "consistency": Consistency,
     "pc": lambda: PredictorCorrector(ReverseDiffusion(), LangevinCorrector()),
     "pc_annealed": lambda: PredictorCorrector(ReverseDiffusion(), AnnealedCorrector()),
     "dopri5": DormandPrince,
@@ -61,6 +112,30 @@ REGISTRY: dict[str, Callable[[], Solver | Integrator]] = {
     "torchdiffeq_rk4": partial(TorchDiffEq, "rk4", steps=50),
     **{f"torchsde_{method}": partial(TorchSDE, method) for method in ("euler", "srk")},
 }
+
+ALIASES = {
+    "dpm_solver_1": "ddim",
+    "dpm_2": "dpm_solver_2",
+    "deis": "deis_tab3",
+    "deis_tab1": "ddim",
+    "deis_rhoab1": "ddim",
+    **{f"deis_rhoab{order}": f"ab{order}" for order in (2, 3, 4)},
+    "lms": "ab4",
+    **{f"lms_{order}": f"ab{order}" for order in (2, 3, 4)},
+    "ipndm_v": "ab4",
+    **{f"ipndm_v_{order}": f"ab{order}" for order in (2, 3)},
+    "res_2m": "eab2",
+    "res_3m": "dpmpp_3m",
+    "dpmpp_1s_sde": "ddpm",
+    "euler_ancestral": "ddpm",
+    "ancestral": "ddpm_forward",
+    "edm_heun": "heun",
+    "lcm": "consistency",
+    "er_sde_3": "er_sde",
+    "sa_solver_3": "sa_solver",
+    "uni_pc_3": "uni_pc",
+}
+"""Other names of the same method, to the name of its row."""
 
 
 def get_solver(solver: str | Solver | Integrator) -> Solver | Integrator:
@@ -74,16 +149,20 @@ def get_solver(solver: str | Solver | Integrator) -> Solver | Integrator:
         return solver
     if not isinstance(solver, str):
         raise ArgumentError(f"solver is {solver!r}: give a name or a Solver object")
-    if solver not in REGISTRY:
-        raise UnknownNameError("solver", solver, REGISTRY)
-    return REGISTRY[solver]()
+    row = ALIASES.get(solver, solver)
+    if row not in REGISTRY:
+        raise UnknownNameError("solver", solver, [*REGISTRY, *ALIASES])
+    return REGISTRY[row]()
 
 
 def nfe_rule(solver: Solver | Integrator) -> str:
     """Network calls as a function of the steps n, read off traced plans: "2n", "n + 1", ..."""
     if isinstance(solver, Integrator):
         return "chosen at run time"
-    counts = [trace(solver, VP(), make_grid("uniform", VP(), n).times).nfe for n in (6, 7)]
-    slope = counts[1] - counts[0]
+    counts = [trace(solver, VP(), make_grid("uniform", VP(), n).times).nfe for n in (6, 7, 8)]
+    slope = counts[2] - counts[1]
+    if counts[1] - counts[0] != slope:
+        return "depends on the grid"
     rest = counts[0] - 6 * slope
-    return f"{slope if slope > 1 else ''}n" + (f" + {rest}" if rest else "")
+    sign = "+" if rest > 0 else "-"
+    return f"{slope if slope > 1 else ''}n" + (f" {sign} {abs(rest)}" if rest else "")

@@ -7,18 +7,14 @@ reverse     discretisations of dx = [f - (1 + eta^2)/2 g^2 score] dt + eta g dw
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from scoresolve.errors import ArgumentError
 from scoresolve.plans import Linear, Run
 from scoresolve.solvers.base import Solver
+from scoresolve.solvers.forms import check_eta
 
-__all__ = ["DDIM", "DDPM", "EulerMaruyama", "ReverseDiffusion", "StochasticHeun"]
-
-
-def _check_eta(eta: float) -> float:
-    if not (math.isfinite(eta) and eta >= 0):
-        raise ArgumentError(f"eta = {eta}: the noise level must be a finite number >= 0")
-    return float(eta)
+__all__ = ["DDIM", "DDPM", "EulerMaruyama", "FlowSDE", "ReverseDiffusion", "StochasticHeun"]
 
 
 class DDIM(Solver):
@@ -41,7 +37,7 @@ class DDIM(Solver):
     source = "Song et al. 2020 (2010.02502), eq. 12 and 16"
 
     def __init__(self, eta: float = 0.0) -> None:
-        self.eta = _check_eta(eta)
+        self.eta = check_eta(eta)
         if eta > 1:
             raise ArgumentError(f"eta = {eta}: DDIM needs eta in [0, 1]")
         self.stochastic = eta > 0
@@ -107,7 +103,7 @@ class EulerMaruyama(Solver):
     source = "Song et al. 2021 (2011.13456), eq. 6"
 
     def __init__(self, eta: float = 1.0) -> None:
-        self.eta = _check_eta(eta)
+        self.eta = check_eta(eta)
         self.stochastic = eta > 0
         self.name = "euler_maruyama" if eta == 1 else f"euler_maruyama(eta={eta:g})"
 
@@ -135,7 +131,7 @@ class StochasticHeun(Solver):
     source = "Kloeden and Platen 1992, section 15.1"
 
     def __init__(self, eta: float = 1.0) -> None:
-        self.eta = _check_eta(eta)
+        self.eta = check_eta(eta)
         self.stochastic = eta > 0
         self.name = "stochastic_heun" if eta == 1 else f"stochastic_heun(eta={eta:g})"
 
@@ -175,3 +171,31 @@ class ReverseDiffusion(Solver):
     def step(self, x: Linear, t: float, s: float, run: Run) -> Linear:
         a, b = run.transition(s, t)
         return (2 - a) * x + b**2 * run.predict(x, t) + b * run.noise(t, s)
+
+
+class FlowSDE(Solver):
+    """Euler-Maruyama on the marginal-preserving SDE of a flow model, with any noise level w(t).
+
+        dx = [u - w^2/2 score] dt + w dw backward in time,   u = E[dx/dt | x],
+
+    so that w = g is the reverse SDE and w = 0 the flow. Regular at alpha = 0, where g is not.
+
+    Args:
+        level: w as a function of alpha and sigma; sigma if omitted.
+
+    Source:
+        Albergo et al. 2023 (2303.08797), corollary 18; Ma et al. 2024 (2401.08740), eq. 5.
+    """
+
+    name, predicts, order, stochastic = "flow_sde", "x0", 1, True
+    source = "Albergo et al. 2023 (2303.08797), corollary 18"
+
+    def __init__(self, level: Callable[[float, float], float] | None = None) -> None:
+        self.level = level or (lambda alpha, sigma: sigma)
+
+    def step(self, x: Linear, t: float, s: float, run: Run) -> Linear:
+        x0, (alpha_dot, sigma_dot) = run.predict(x, t), run.rates(t)
+        eps = (x - run.alpha(t) * x0) / run.sigma(t)
+        w = self.level(run.alpha(t), run.sigma(t))
+        drift = alpha_dot * x0 + sigma_dot * eps + w**2 / (2 * run.sigma(t)) * eps
+        return x + (s - t) * drift + w * math.sqrt(abs(t - s)) * run.noise(t, s)

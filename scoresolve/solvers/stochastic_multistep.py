@@ -1,0 +1,167 @@
+"""Multistep methods for the reverse SDE in x0 form: exact noise, polynomials for the drift.
+
+    x_s = scale_s/scale_t x_t + scale_s (sum_j w_j x0_j + N),
+
+the form of `scoresolve.solvers.forms.data_form`; the methods differ in its noise and in w. The
+noise that earlier predictions saw limits the weak order, whatever the polynomial's degree.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from scoresolve.errors import ArgumentError
+from scoresolve.plans import Run
+from scoresolve.solvers.adams import Adams
+from scoresolve.solvers.forms import Form, check_eta, data_form
+
+__all__ = ["ERSDE", "GDDIM", "SASolver", "SDEDPMSolverPP"]
+
+
+class SDEDPMSolverPP(Adams):
+    """DPM-Solver++ on the reverse SDE, multistep (2M, 3M).
+
+    With h the step in half-log-SNR, r the previous step over h and q = (1 + eta^2) h, order 2 is
+
+        x_s = sigma_s/sigma_t exp(h - q) x_t + alpha_s (1 - exp(-q)) m_t + D + noise,
+        midpoint   D = alpha_s (1 - exp(-q))/2 (m_t - m_previous)/r,
+        heun       D = alpha_s (1 - (1 - exp(-q))/q) (m_t - m_previous)/r;
+
+    order 3 integrates the parabola through three predictions. (The published 3M halves its second
+    difference.)
+
+    Args:
+        order: 2 or 3.
+        variant: "midpoint" or "heun", of order 2.
+        eta: noise level, > 0; 1 is the reverse SDE. Elsewhere eta^2 is called eta.
+
+    Raises:
+        ArgumentError: another order or variant, or eta is not positive.
+
+    Source:
+        Lu et al. 2022 (2211.01095), section 5 and eq. 19, with a noise level.
+    """
+
+    source = "Lu et al. 2022 (2211.01095), section 5"
+    stochastic = True
+
+    def __init__(self, order: int = 2, variant: str = "midpoint", eta: float = 1.0) -> None:
+        if order not in (2, 3) or variant not in ("midpoint", "heun") or not eta > 0:
+            raise ArgumentError(
+                f"order = {order}, variant = {variant!r}, eta = {eta}: give 2 or 3, 'midpoint' or "
+                "'heun', and eta > 0"
+            )
+        super().__init__(order, data_form(eta), "log_snr", start="graded")
+        self.variant, self.jumps_at_ends = variant, True
+        suffix = "_heun" if (order, variant) == (2, "heun") else ""
+        self.name = f"dpmpp_{order}m_sde{suffix}"
+
+    def predictor_weights(
+        self, run: Run, form: Form, nodes: Sequence[float], t: float, s: float
+    ) -> list[float]:
+        if len(nodes) != 2 or self.variant == "heun" or self.nodes == 3:
+            return super().predictor_weights(run, form, nodes, t, s)
+        before, now, after = (run.log_snr_half(time) for time in (*nodes, s))
+        length = form.clock(run, s) - form.clock(run, t)
+        extra = length * (after - now) / (now - before) / 2
+        return [-extra, length + extra]
+
+
+class SASolver(Adams):
+    """SA-Solver: stochastic Adams predictor and corrector; the corrector costs no call.
+
+    Args:
+        order: of the predictor, 1 to 4.
+        correct: nodes of the corrector beyond the predictor's, 0 or 1; None for no corrector.
+        tau: noise level, a number or a function of sigma/alpha, read at the start of each step.
+
+    Raises:
+        ArgumentError: another order or corrector, or a negative tau.
+
+    Source:
+        Xue et al. 2023 (2309.05019), eq. 14 and 17, algorithm 1.
+    """
+
+    source = "Xue et al. 2023 (2309.05019), algorithm 1"
+    stochastic = True
+
+    def __init__(
+        self,
+        order: int = 3,
+        correct: int | None = 1,
+        tau: float | Callable[[float], float] = 1.0,
+    ) -> None:
+        self.tau = tau if callable(tau) else None
+        first = data_form(1.0 if callable(tau) else tau)
+        super().__init__(order, first, "log_snr", correct, start="graded")
+        self.jumps_at_ends = True
+        self.order = min(order, 2)
+        self.name = "sa_solver" if order == 3 else f"sa_solver_{order}"
+
+    def form_at(self, run: Run, t: float) -> Form:
+        if self.tau is None:
+            return self.form
+        return data_form(self.tau(math.exp(-run.log_snr_half(t))))
+
+
+class ERSDE(Adams):
+    """ER-SDE solvers: a noise scale phi(k) of its own, k = sigma/alpha, and x0 as polynomial in k.
+
+        y_s = phi_s/phi_t y_t + phi_s sum_j w_j x0_j + sqrt(k_s^2 - (k_t phi_s/phi_t)^2) z,
+
+    y = x/alpha and phi(k) = k (exp(k^0.3) + 10), the authors' choice. The polynomial is the one
+    through the last predictions; the published third order has backward differences instead.
+
+    Args:
+        order: 1, 2 or 3 predictions.
+
+    Raises:
+        ArgumentError: another order.
+
+    Source:
+        Cui et al. 2023 (2309.06169), algorithms 1 to 3, eq. 17 and appendix A.
+    """
+
+    source = "Cui et al. 2023 (2309.06169), algorithms 1 to 3"
+    stochastic = True
+
+    def __init__(self, order: int = 3) -> None:
+        if order not in (1, 2, 3):
+            raise ArgumentError(f"ER-SDE of order {order}: choose 1, 2 or 3")
+        form = data_form(excess=_excess, excess_rate=_excess_rate)
+        super().__init__(order, form, "sigma", start="graded")
+        self.jumps_at_ends = True
+        self.name = "er_sde" if order == 3 else f"er_sde_{order}"
+
+
+def _excess(lam: float) -> float:
+    return math.log(math.exp(math.exp(-0.3 * lam)) + 10)
+
+
+def _excess_rate(lam: float) -> float:
+    power = math.exp(-0.3 * lam)
+    return -0.3 * power / (1 + 10 * math.exp(-power))
+
+
+class GDDIM(Adams):
+    """gDDIM for a scalar process: exact for data at one point, at any noise level.
+
+        x_s = alpha_s x0 + sigma_s (exp(-eta^2 h) eps + sqrt(1 - exp(-2 eta^2 h)) z).
+
+    Args:
+        eta: noise level (lambda of the paper), > 0.
+
+    Source:
+        Zhang et al. 2022 (2206.05564), theorem 1 and eq. 24 for a scalar process.
+    """
+
+    source = "Zhang et al. 2022 (2206.05564), theorem 1"
+    stochastic = True
+
+    def __init__(self, eta: float = 1.0) -> None:
+        if not check_eta(eta):
+            raise ArgumentError("gDDIM with eta = 0 is DDIM: give eta > 0, or use 'ddim'")
+        super().__init__(1, data_form(eta), "log_snr")
+        self.jumps_at_ends = True
+        self.name = "gddim" if eta == 1 else f"gddim(eta={eta:g})"
