@@ -1,6 +1,7 @@
 """What the pages take from the code: tables, help texts, and docstrings as reStructuredText.
 
     solver-table          every row of the registry of solvers
+    measured-table        what every fixed-grid solver measures
     face-table            every name of `import scoresolve as ss`, with its first sentence
     command-help NAME...  what `scoresolve NAME... --help` prints
 
@@ -11,7 +12,9 @@ escapes what reStructuredText would take for markup.
 from __future__ import annotations
 
 import inspect
+import math
 import re
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from click.testing import CliRunner
@@ -20,8 +23,21 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 import scoresolve
+from scoresolve.certificates import Certificate, certify
 from scoresolve.cli import main
-from scoresolve.solvers import REGISTRY, Integrator, nfe_rule
+from scoresolve.metrics import Landing, Method, class_mixture, compare
+from scoresolve.sampling import DEFAULT_GRID
+from scoresolve.sde import VP
+from scoresolve.solvers import (
+    ALIASES,
+    REGISTRY,
+    Integrator,
+    Solver,
+    get_solver,
+    nfe_rule,
+    noise_rule,
+)
+from scoresolve.targets import ring
 
 SECTION = re.compile(r"(Args|Attributes|Raises|Returns|Source|Yields):$")
 
@@ -37,11 +53,12 @@ class SolverTable(SphinxDirective):
             key = (
                 "none" if solver.order is None else f"{solver.order:g}",
                 nfe_rule(solver),
-                "yes" if solver.stochastic else "no",
+                noise_rule(solver),
                 solver.source,
             )
             names, predictions = methods.setdefault(key, ([], []))
-            names.append(f"`{name}`")
+            aliases = [alias for alias, row in ALIASES.items() if row == name]
+            names.append(" = ".join(f"`{known}`" for known in (name, *aliases)))
             if not adaptive:
                 predictions.append(solver.predicts)
         rows = [
@@ -54,6 +71,78 @@ class SolverTable(SphinxDirective):
             for (order, calls, noise, source), (names, predictions) in methods.items()
         ]
         return self.parse_text_to_nodes("\n".join(rows))
+
+
+class MeasuredTable(SphinxDirective):
+    """What every fixed-grid solver measures: orders, exact errors, errors on two mixtures.
+
+    The smallest of each column among solvers of the same kind is bold.
+    """
+
+    budgets = (10, 20, 50)
+
+    def run(self) -> list[nodes.Node]:
+        names = [name for name in REGISTRY if isinstance(get_solver(name), Solver)]
+        methods = [Method(name, DEFAULT_GRID) for name in names]
+        landed = [
+            {
+                landing.method.solver: landing
+                for landing in compare(mixture, VP(), methods, budgets=(20,), starts=64).landings
+            }
+            for mixture in (ring(), class_mixture())
+        ]
+        certificates = {
+            name: certify(name, refinements=(64, 128, 256, 512), budgets=self.budgets)
+            for name in names
+        }
+        parts: list[nodes.Node] = []
+        for stochastic in (False, True):
+            figures = {
+                name: [*errors_of(certificates[name], self.budgets), *landings_of(name, landed)]
+                for name in names
+                if get_solver(name).stochastic == stochastic
+            }
+            best = [min(column) for column in zip(*figures.values(), strict=True)]
+            error = "log-density gap" if stochastic else "RMS error"
+            rows = [
+                "| name | order: claimed; measured of mean, covariance, path | "
+                "variance error at 10 calls | 20 calls | 50 calls | "
+                f"{error} at 20 calls, ring | 64-D |",
+                "|---" * 7 + "|",
+            ]
+            for name, row in figures.items():
+                cells = [
+                    bold(value, value <= least) for value, least in zip(row, best, strict=True)
+                ]
+                rows.append(f"| `{name}` | {orders_of(certificates[name])} | {' | '.join(cells)} |")
+            parts += self.parse_text_to_nodes("\n".join(rows))
+        return parts
+
+
+def orders_of(certificate: Certificate) -> str:
+    """The claimed and the measured orders."""
+    claimed = "none" if certificate.nominal_order is None else f"{certificate.nominal_order:g}"
+    orders = certificate.orders.values()
+    measured = ("exact" if math.isinf(order) else f"{order:.1f}" for order in orders)
+    return f"{claimed}; {', '.join(measured) or '-'}"
+
+
+def errors_of(certificate: Certificate, budgets: Sequence[int]) -> list[float]:
+    """Variance error at each budget; infinite where a step costs more."""
+    errors = [bias.variance_error for bias in certificate.bias]
+    return [math.inf] * (len(budgets) - len(errors)) + errors
+
+
+def landings_of(name: str, landed: Sequence[dict[str, Landing]]) -> list[float]:
+    """RMS error, or size of the log-density gap, in each place."""
+    landings = (place[name] for place in landed)
+    return [abs(landing.gap) if landing.rms is None else landing.rms for landing in landings]
+
+
+def bold(value: float, best: bool) -> str:
+    """A cell of a table."""
+    text = "-" if math.isinf(value) else f"{value:.1e}"
+    return f"**{text}**" if best else text
 
 
 class FaceTable(SphinxDirective):
@@ -122,6 +211,7 @@ def escaped(line: str) -> str:
 
 def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("solver-table", SolverTable)
+    app.add_directive("measured-table", MeasuredTable)
     app.add_directive("face-table", FaceTable)
     app.add_directive("command-help", CommandHelp)
     app.connect("autodoc-process-docstring", as_rst, priority=400)

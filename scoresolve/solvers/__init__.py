@@ -20,10 +20,10 @@ from scoresolve.solvers.exponential import (
     DPMSolverPPS,
     SDEDPMSolverPPS,
 )
-from scoresolve.solvers.forms import FORMS, Form, data_form, noise_form
+from scoresolve.solvers.forms import FORMS, Form, data_form, noise_form, scaled_form
 from scoresolve.solvers.integrator import Integrator, Solution
 from scoresolve.solvers.multistep import IPNDM, PNDM, DPMSolverPP, GradientEstimation, UniPC
-from scoresolve.solvers.registry import ALIASES, REGISTRY, get_solver, nfe_rule
+from scoresolve.solvers.registry import ALIASES, REGISTRY, get_solver, nfe_rule, noise_rule
 from scoresolve.solvers.renoising import Churn, Consistency, Resampling, Restart
 from scoresolve.solvers.runge_kutta import RungeKutta
 from scoresolve.solvers.stochastic import (
@@ -91,4 +91,6 @@ __all__ = [
     "get_solver",
     "nfe_rule",
     "noise_form",
+    "noise_rule",
+    "scaled_form",
 ]

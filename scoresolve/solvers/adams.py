@@ -149,7 +149,7 @@ class Adams(Solver):
             y, _ = advance(self._starter(), form, x / form.scale(run, t), t, s, run)
             return form.scale(run, s) * y
         times = [*(node.t for node in past), t]
-        slopes = [form.rate(run, node.t) * node.m for node in past]
+        slopes = [form.slope_from(run, node.t, node.x, node.m) for node in past]
         slopes.append(form.slope(run, x / form.scale(run, t), t))
         if self.correct is not None and past and not self._starting(len(run.past) - 1):
             x = x + self._correction(times, slopes, run)

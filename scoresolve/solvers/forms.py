@@ -4,13 +4,16 @@ With x = scale y, k = sigma/alpha, lam = -log k and r = sqrt(alpha^2 + sigma^2),
 
     dx = [f - (1 + eta^2)/2 g^2 score] dt + eta g dw
 
-is dy = rate m dtau + dN, where N has independent increments and no memory:
+is dy = (a x + b m) dtau + dN, where N has independent increments and no memory:
 
-    form   m       scale      tau       rate        std of N between t and s
-    eps    eps     alpha      k         1 + eta^2   eta sqrt(k_t^2 - k_s^2)
-    x0     x0      alpha phi  1/phi     1           sqrt((k_s/phi_s)^2 - (k_t/phi_t)^2)
-    v      v       r          atan(k)   1/r         0
-    flow   dx/dt   1          t         1           0
+    form   m       scale      tau       a, b          std of N between t and s
+    eps    eps     alpha      k         0, 1 + eta^2  eta sqrt(k_t^2 - k_s^2)
+    x0     x0      alpha phi  1/phi     0, 1          sqrt((k_s/phi_s)^2 - (k_t/phi_t)^2)
+    v      v       r          atan(k)   0, 1/r        0
+    flow   dx/dt   1          t         0, 1          0
+    scaled x0      R          sigma/R   *             0
+
+    R = c alpha + sigma, * 1/sigma, -(alpha/sigma + 1/c): the slope is eps - x0/c.
 
 phi = k^(1 + eta^2) in the x0 form; any phi(k) for which k/phi does not grow with k gives a process
 with the same marginals. Without noise the forms are Song et al. 2020 (2010.02502), eq. 14; Lu et
@@ -28,7 +31,7 @@ from dataclasses import dataclass
 from scoresolve.errors import ArgumentError, UnknownNameError
 from scoresolve.plans import Linear, Run
 
-__all__ = ["FORMS", "Form", "check_eta", "data_form", "get_form", "noise_form"]
+__all__ = ["FORMS", "Form", "check_eta", "data_form", "get_form", "noise_form", "scaled_form"]
 
 
 def _zero(run: Run, t: float, s: float) -> float:
@@ -39,16 +42,20 @@ def _one(run: Run, t: float) -> float:
     return 1.0
 
 
+def _prediction_alone(run: Run, t: float) -> tuple[float, float]:
+    return 0.0, 1.0
+
+
 @dataclass(frozen=True)
 class Form:
-    """A change of variables that turns the flow into dy = rate * m dtau + dN.
+    """A change of variables that turns the flow into dy = (a x + b m) dtau + dN.
 
     Attributes:
         prediction: the prediction m.
         scale: x / y at a time.
         clock: tau at a time.
         time: inverse of `clock`.
-        rate: factor of m at a time.
+        mix: a and b at a time.
         clock_rate: dtau/dlam as a function of lam; None where it is not needed.
         std: standard deviation of N between two times.
         ends_at_data: whether tau and the scale are finite at sigma = 0.
@@ -58,14 +65,20 @@ class Form:
     scale: Callable[[Run, float], float]
     clock: Callable[[Run, float], float]
     time: Callable[[Run, float], float]
-    rate: Callable[[Run, float], float] = _one
+    mix: Callable[[Run, float], tuple[float, float]] = _prediction_alone
     clock_rate: Callable[[float], float] | None = None
     std: Callable[[Run, float, float], float] = _zero
     ends_at_data: bool = True
 
     def slope(self, run: Run, y: Linear, t: float) -> Linear:
-        """rate * m at (y, t): one network call."""
-        return self.rate(run, t) * run.predict(self.scale(run, t) * y, t, self.prediction)
+        """a x + b m at (y, t): one network call."""
+        x = self.scale(run, t) * y
+        return self.slope_from(run, t, x, run.predict(x, t, self.prediction))
+
+    def slope_from(self, run: Run, t: float, x: Linear, m: Linear) -> Linear:
+        """a x + b m of a prediction m made at (x, t)."""
+        a, b = self.mix(run, t)
+        return a * x + b * m if a else b * m
 
     def noise(self, run: Run, t: float, s: float) -> Linear | None:
         """The increment of N from t to s; None in a form without noise."""
@@ -97,7 +110,7 @@ def noise_form(eta: float = 0.0) -> Form:
         scale=lambda run, t: run.alpha(t),
         clock=lambda run, t: math.exp(-run.log_snr_half(t)),
         time=lambda run, tau: run.time(-math.log(tau)),
-        rate=lambda run, t: factor,
+        mix=lambda run, t: (0.0, factor),
         clock_rate=lambda lam: -math.exp(-lam),
         std=std if eta else _zero,
     )
@@ -134,6 +147,26 @@ def data_form(
     )
 
 
+def scaled_form(c: float = 0.5) -> Form:
+    """The velocity scaled to data of standard deviation c > 0.
+
+    With x/alpha = (c + k) y and tau = k/(c + k) in [0, 1], dy/dtau = eps - x0/c.
+    """
+    if not 0 < c < math.inf:
+        raise ArgumentError(f"c = {c}: the scale of the data is a positive number")
+
+    def scale(run: Run, t: float) -> float:
+        return c * run.alpha(t) + run.sigma(t)
+
+    return Form(
+        "x0",
+        scale=scale,
+        clock=lambda run, t: run.sigma(t) / scale(run, t),
+        time=lambda run, tau: run.time(math.log((1 - tau) / (c * tau))),
+        mix=lambda run, t: (1 / run.sigma(t), -run.alpha(t) / run.sigma(t) - 1 / c),
+    )
+
+
 def _radius(run: Run, t: float) -> float:
     return math.hypot(run.alpha(t), run.sigma(t))
 
@@ -150,7 +183,7 @@ FORMS = {
         scale=_radius,
         clock=lambda run, t: math.atan2(run.sigma(t), run.alpha(t)),
         time=lambda run, tau: run.time(-_log_tan(tau)),
-        rate=lambda run, t: 1 / _radius(run, t),
+        mix=lambda run, t: (0.0, 1 / _radius(run, t)),
     ),
     "flow": Form(
         "flow",

@@ -11,7 +11,7 @@ from functools import partial
 
 from scoresolve.errors import ArgumentError, UnknownNameError
 from scoresolve.grid import make_grid
-from scoresolve.plans import trace
+from scoresolve.plans import Custom, Draw, trace
 from scoresolve.sde import VP
 from scoresolve.solvers.adams import DEIS, AdamsBashforth, ExponentialAdams
 from scoresolve.solvers.adaptive import DormandPrince
@@ -44,7 +44,7 @@ from scoresolve.solvers.stochastic import (
 from scoresolve.solvers.stochastic_multistep import ERSDE, GDDIM, SASolver, SDEDPMSolverPP
 from scoresolve.solvers.strong import SRA1, ShARK
 
-__all__ = ["ALIASES", "REGISTRY", "get_solver", "nfe_rule"]
+__all__ = ["ALIASES", "REGISTRY", "get_solver", "nfe_rule", "noise_rule"]
 
 _EPS = {"eps": "", **{form: f"_{form}" for form in FORMS if form != "eps"}}
 
@@ -126,6 +126,7 @@ ALIASES = {
     **{f"ipndm_v_{order}": f"ab{order}" for order in (2, 3)},
     "res_2m": "eab2",
     "res_3m": "dpmpp_3m",
+    "eab3": "dpmpp_3m",
     "dpmpp_1s_sde": "ddpm",
     "euler_ancestral": "ddpm",
     "ancestral": "ddpm_forward",
@@ -166,3 +167,17 @@ def nfe_rule(solver: Solver | Integrator) -> str:
     rest = counts[0] - 6 * slope
     sign = "+" if rest > 0 else "-"
     return f"{slope if slope > 1 else ''}n" + (f" {sign} {abs(rest)}" if rest else "")
+
+
+def noise_rule(solver: Solver | Integrator) -> str:
+    """What drives the noise: "none"; "path", normals that each belong to an interval of time, so
+    that a `BrownianPath` can give them; "fresh", normals of their own; or both.
+    """
+    if isinstance(solver, Integrator):
+        return "path" if solver.stochastic else "none"
+    traced = trace(solver, VP(), make_grid("cosine", VP(), 8).times)
+    draws = [stage for stage in traced.stages if isinstance(stage, Draw)]
+    kinds = ["path"] * any(draw.t != draw.s for draw in draws)
+    fresh = any(draw.t == draw.s for draw in draws)
+    kinds += ["fresh"] * (fresh or any(isinstance(stage, Custom) for stage in traced.stages))
+    return " and ".join(kinds) or "none"
