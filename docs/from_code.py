@@ -26,7 +26,6 @@ import scoresolve
 from scoresolve.certificates import Certificate, certify
 from scoresolve.cli import main
 from scoresolve.metrics import Landing, Method, class_mixture, compare
-from scoresolve.sampling import DEFAULT_GRID
 from scoresolve.sde import VP
 from scoresolve.solvers import (
     ALIASES,
@@ -83,7 +82,7 @@ class MeasuredTable(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         names = [name for name in REGISTRY if isinstance(get_solver(name), Solver)]
-        methods = [Method(name, DEFAULT_GRID) for name in names]
+        methods = [Method(name) for name in names]
         landed = [
             {
                 landing.method.solver: landing

@@ -21,7 +21,7 @@ from torch import Tensor
 from scoresolve.digits import BIN_WIDTH, CLASSES, load_digits, to_unit
 from scoresolve.errors import ArgumentError, whole_number
 from scoresolve.noise import Philox, Purpose
-from scoresolve.sampling import DEFAULT_GRID, DEFAULT_SOLVER, grid_for, plan, sample
+from scoresolve.sampling import DEFAULT_SOLVER, grid_for, plan, sample
 from scoresolve.sde import GaussianSDE
 from scoresolve.solvers import DormandPrince, Integrator, get_solver
 from scoresolve.targets import GaussianMixture
@@ -41,22 +41,22 @@ BUDGETS = (5, 8, 10, 15, 20, 30, 50, 100)
 
 @dataclass(frozen=True)
 class Method:
-    """A fixed-grid solver of the registry on a grid of `GRIDS`, by name."""
+    """A fixed-grid solver of the registry on a grid of `GRIDS`, by name; None is its own grid."""
 
     solver: str
-    grid: str
+    grid: str | None = None
 
     @property
     def is_default(self) -> bool:
         """Whether `sample` takes this method unless told otherwise."""
-        return (self.solver, self.grid) == (DEFAULT_SOLVER, DEFAULT_GRID)
+        return (self.solver, self.grid) == (DEFAULT_SOLVER, None)
 
     def __str__(self) -> str:
-        return f"{self.solver}, {self.grid}"
+        return self.solver if self.grid is None else f"{self.solver}, {self.grid}"
 
 
 METHODS = (
-    Method(DEFAULT_SOLVER, DEFAULT_GRID),
+    Method(DEFAULT_SOLVER),
     Method("ab4_v", "sqrt_angle"),
     Method("ab2_v", "sqrt_angle"),
     Method("dpmpp_2m", "karras"),

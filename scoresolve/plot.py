@@ -26,10 +26,10 @@ from scoresolve.certificates import MEAN, VARIANCE, measured_order
 from scoresolve.digits import load_network
 from scoresolve.errors import ArgumentError, ShapeError, UnknownNameError
 from scoresolve.grid import make_grid
-from scoresolve.metrics import Comparison, class_mixture, compare
+from scoresolve.metrics import Comparison, Method, class_mixture, compare
 from scoresolve.models import from_denoiser
 from scoresolve.plans import StepReport
-from scoresolve.sampling import DEFAULT_GRID, DEFAULT_SOLVER, plan, sample
+from scoresolve.sampling import DEFAULT_SOLVER, plan, sample
 from scoresolve.sde import EDM, VP, GaussianSDE
 from scoresolve.targets import GaussianMixture, ring
 
@@ -390,13 +390,15 @@ def _picture_samples() -> Figure:
     panels = {
         "exact": mixture.sample(800),
         **{
-            f"{solver}, {grid}, {nfe} calls": sample(
-                mixture.score_model(sde), sde, shape=(800, 2), solver=solver, grid=grid, nfe=nfe
+            f"{method}, 10 calls": sample(
+                mixture.score_model(sde),
+                sde,
+                shape=(800, 2),
+                solver=method.solver,
+                grid=method.grid,
+                nfe=10,
             ).x
-            for solver, grid, nfe in (
-                (DEFAULT_SOLVER, DEFAULT_GRID, 10),
-                ("dpmpp_2m", "karras", 10),
-            )
+            for method in (Method(DEFAULT_SOLVER), Method("dpmpp_2m", "karras"))
         },
     }
     return plot_samples(panels, mixture)

@@ -8,6 +8,7 @@ Both run the same driver (`scoresolve.driving`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,7 +35,6 @@ from scoresolve.sde import SDE, GaussianSDE
 from scoresolve.solvers import Integrator, Solver, get_solver
 
 __all__ = [
-    "DEFAULT_GRID",
     "DEFAULT_NFE",
     "DEFAULT_SOLVER",
     "encode",
@@ -45,7 +45,6 @@ __all__ = [
 ]
 
 DEFAULT_SOLVER = "ab2_v"
-DEFAULT_GRID = "flow"
 DEFAULT_NFE = 30
 
 Times = Grid | Sequence[float] | Tensor
@@ -97,7 +96,7 @@ def grid_for(
     Args:
         solver: a fixed-grid solver.
         sde: the process.
-        grid: one of `GRIDS`; the default grid if omitted.
+        grid: one of `GRIDS`; the one that suits the solver if omitted.
         steps, nfe: the budget, one of them; 30 calls if neither is given.
         t_start, t_end, denoise: as in `make_grid`.
 
@@ -107,7 +106,7 @@ def grid_for(
     """
     if steps is not None and nfe is not None:
         raise ArgumentError(f"steps = {steps} and nfe = {nfe}: give one budget, not both")
-    name = grid or (DEFAULT_GRID if isinstance(sde, GaussianSDE) else "uniform")
+    name = grid or _suitable(solver, sde, t_start, t_end)
     if steps is not None:
         return make_grid(name, sde, steps, t_start, t_end, denoise)
     budget = whole_number("nfe", DEFAULT_NFE if nfe is None else nfe)
@@ -123,6 +122,15 @@ def grid_for(
         middle = (low + high) // 2
         low, high = (middle, high) if cost(middle) <= budget else (low, middle)
     return make_grid(name, sde, low, t_start, t_end, denoise)
+
+
+def _suitable(solver: Solver, sde: SDE, t_start: float | None, t_end: float | None) -> str:
+    """The solver's own grid; "flow" where log-SNR is infinite at an end."""
+    if not isinstance(sde, GaussianSDE):
+        return "uniform"
+    ends = (sde.T if t_start is None else t_start, sde.t_min if t_end is None else t_end)
+    finite = all(math.isfinite(float(sde.log_snr(t))) for t in ends)
+    return solver.grid if finite else "flow"
 
 
 def sample(

@@ -138,6 +138,7 @@ class Adams(Solver):
         self.order = min(order + (correct or 0), reach)
         self.predicts = form.prediction
         self.jumps_at_ends = not form.ends_at_data and variable != "clock"
+        self.grid = "flow" if form.ends_at_data else "log_snr"
 
     def form_at(self, run: Run, t: float) -> Form:
         """The form of the step that starts at `t`; a noise level that changes overrides this."""
@@ -157,7 +158,7 @@ class Adams(Solver):
             return run.jump(x, t, s)
         y = x / form.scale(run, t)
         weights = self.predictor_weights(run, form, times[-self.nodes :], t, s)
-        for weight, slope in zip(weights, slopes[-self.nodes :], strict=True):
+        for weight, slope in zip(weights[::-1], slopes[::-1], strict=False):  # newest first
             y = y + weight * slope
         noise = form.noise(run, t, s)
         return form.scale(run, s) * (y if noise is None else y + noise)

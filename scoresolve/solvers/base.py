@@ -26,6 +26,7 @@ class Solver(ABC):
         source: paper and equation.
         jumps_at_ends: whether its variables are singular at alpha = 0 and at sigma = 0. A step
             from or to there is then a jump by the predicted x0, with one call.
+        grid: name of the grid that suits it, which it gets unless told otherwise.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Solver(ABC):
     stochastic: bool = False
     source: str
     jumps_at_ends: bool = False
+    grid: str = "flow"
 
     @abstractmethod
     def step(self, x: Linear, t: float, s: float, run: Run) -> Linear:

@@ -45,6 +45,7 @@ class ExponentialRungeKutta(Solver):
 
     def __init__(self, scheme: Scheme, form: Form) -> None:
         self.scheme, self.form, self.predicts = scheme, form, form.prediction
+        self.grid = "flow" if form.ends_at_data else "log_snr"
 
     def step(self, x: Linear, t: float, s: float, run: Run) -> Linear:
         form, start = self.form, run.log_snr_half(t)

@@ -161,7 +161,7 @@ class IPNDM(Solver):
         Zhang and Chen 2023 (2204.13902), appendix B.4.
     """
 
-    predicts, source = "eps", "Zhang and Chen 2023 (2204.13902), appendix B.4"
+    predicts, grid, source = "eps", "karras", "Zhang and Chen 2023 (2204.13902), appendix B.4"
 
     def __init__(self, order: int = 4) -> None:
         if order not in (1, 2, 3, 4):
@@ -192,7 +192,7 @@ class PNDM(Solver):
         Liu et al. 2022 (2202.09778), eq. 9 to 13, algorithm 2.
     """
 
-    predicts, order, source = "eps", 2, "Liu et al. 2022 (2202.09778), algorithm 2"
+    predicts, order, grid, source = "eps", 2, "karras", "Liu et al. 2022 (2202.09778), algorithm 2"
 
     def __init__(self, start: str = "runge_kutta") -> None:
         if start not in ("runge_kutta", "plms"):

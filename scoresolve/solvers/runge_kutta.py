@@ -87,6 +87,7 @@ class RungeKutta(Solver):
         self.name = method if form == "eps" else f"{method}_{form}"
         self.predicts, self.order = self.form.prediction, self.tableau.order
         self.source = self.tableau.source
+        self.grid = {"eps": "karras", "x0": "log_snr"}.get(form, "flow")
 
     def step(self, x: Linear, t: float, s: float, run: Run) -> Linear:
         y, _ = advance(self.tableau, self.form, x / self.form.scale(run, t), t, s, run)

@@ -23,7 +23,7 @@ __all__ = ["SRA1", "ShARK"]
 
 
 class _Strong(Solver):
-    predicts, order, stochastic, jumps_at_ends = "x0", 2, True, True
+    predicts, order, stochastic, jumps_at_ends, grid = "x0", 2, True, True, "log_snr"
     node: float
     weights: tuple[float, float]
     areas: tuple[float, float]
