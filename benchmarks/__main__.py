@@ -11,9 +11,10 @@ import click
 import torch
 
 import scoresolve
-from benchmarks import likelihood, overhead, tracing
+from benchmarks import conditioning, likelihood, overhead, tracing
 
 BENCHMARKS: dict[str, Callable[[], list[dict[str, object]]]] = {
+    "conditioning": conditioning.measure,
     "likelihood": likelihood.measure,
     "overhead": overhead.measure,
     "tracing": tracing.measure,

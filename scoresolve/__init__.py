@@ -1,10 +1,11 @@
 """SDE and ODE solvers for score models, each proved against distributions known in closed form."""
 
-from scoresolve import errors, noise, sde, solvers, targets
+from scoresolve import errors, guidance, noise, sde, solvers, targets
 from scoresolve.certificates import Certificate, certify
 from scoresolve.driving import Samples
 from scoresolve.errors import ScoresolveError, SolveError, Status
 from scoresolve.grid import GRIDS, Grid, make_grid
+from scoresolve.latents import noised, slerp
 from scoresolve.likelihood import Likelihood, log_likelihood
 from scoresolve.model_check import check_model
 from scoresolve.models import (
@@ -36,6 +37,7 @@ from scoresolve.sde import (
 )
 from scoresolve.solvers import Solver, get_solver
 from scoresolve.targets import GaussianMixture
+from scoresolve.transitions import GaussianChain
 
 __version__ = "0.1.0"
 
@@ -49,6 +51,7 @@ __all__ = [
     "Certificate",
     "CosineVP",
     "DiscreteVP",
+    "GaussianChain",
     "GaussianMixture",
     "GaussianSDE",
     "Grid",
@@ -79,12 +82,15 @@ __all__ = [
     "from_v",
     "from_x0",
     "get_solver",
+    "guidance",
     "log_likelihood",
     "make_grid",
     "noise",
+    "noised",
     "plan",
     "sample",
     "sde",
+    "slerp",
     "solvers",
     "targets",
 ]

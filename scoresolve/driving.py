@@ -260,6 +260,8 @@ def failure(result: object, status: Tensor) -> SolveError:
 
 
 def _network(score: object) -> nn.Module | None:
+    while isinstance(score, Model) and not isinstance(score, NetworkModel):
+        score = getattr(score, "model", None)  # what a model made of a model is made of
     net = score.net if isinstance(score, NetworkModel) else score
     return net if isinstance(net, nn.Module) else None
 

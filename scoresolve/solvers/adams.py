@@ -33,6 +33,7 @@ __all__ = [
 VARIABLES: dict[str, Callable[[Run, float], float]] = {
     "log_snr": lambda run, lam: lam,
     "sigma": lambda run, lam: math.exp(-lam),
+    "angle": lambda run, lam: math.atan(math.exp(-lam)),
     "time": lambda run, lam: run.time(lam),
 }
 STARTERS = {1: EULER, 2: HEUN, 3: KUTTA3, 4: RK4}
@@ -99,11 +100,11 @@ class Adams(Solver):
         order: of the predictor, 1 to 5.
         form: a `Form`.
         variable: what the polynomial is in; see `slope_weights`.
-        correct: None for no corrector; else how many nodes it has beyond the predictor's, 0 or 1.
+        corrector: None for no corrector; else how many slopes it takes, `order` or one more.
         start: "matched" takes Runge-Kutta steps of order one less (one call more for order 3,
             four for order 4, nine for order 5) until enough slopes are known, which keeps the
-            global order; with a corrector of one node more they are of one order more, as is the
-            method. "graded" takes the slopes there are, as most published code does, which
+            global order; with a corrector of one slope more they are of one order more, as is
+            the method. "graded" takes the slopes there are, as most published code does, which
             leaves order 2 at most, 3 with a corrector.
 
     Raises:
@@ -121,21 +122,24 @@ class Adams(Solver):
         order: int,
         form: Form,
         variable: str = "clock",
-        correct: int | None = None,
+        corrector: int | None = None,
         start: str = "matched",
     ) -> None:
         if order not in (1, 2, 3, 4, 5):
             raise ArgumentError(f"an Adams method of order {order}: choose 1 to 5")
         if variable != "clock" and variable not in VARIABLES:
             raise UnknownNameError("variable", variable, ("clock", *VARIABLES))
-        if correct not in (None, 0, 1):
-            raise ArgumentError(f"correct = {correct}: choose None, 0 or 1")
+        if corrector is not None and corrector not in (max(2, order), order + 1):
+            raise ArgumentError(
+                f"a corrector of {corrector} slopes for {order}: choose None, "
+                f"{max(2, order)} or {order + 1}"
+            )
         if start not in ("matched", "graded"):
             raise ArgumentError(f"start = {start!r}: choose 'matched' or 'graded'")
         self.nodes, self.form, self.variable = order, form, variable
-        self.correct, self.start = correct, start
-        reach = 5 if start == "matched" else 2 if correct is None else 3
-        self.order = min(order + (correct or 0), reach)
+        self.corrector, self.start = corrector, start
+        reach = 5 if start == "matched" else 2 if corrector is None else 3
+        self.order = min(corrector or order, reach)
         self.predicts = form.prediction
         self.jumps_at_ends = not form.ends_at_data and variable != "clock"
         self.grid = "flow" if form.ends_at_data else "log_snr"
@@ -152,7 +156,7 @@ class Adams(Solver):
         times = [*(node.t for node in past), t]
         slopes = [form.slope_from(run, node.t, node.x, node.m) for node in past]
         slopes.append(form.slope(run, x / form.scale(run, t), t))
-        if self.correct is not None and past and not self._starting(len(run.past) - 1):
+        if self.corrector is not None and past and not self._starting(len(run.past) - 1):
             x = x + self._correction(times, slopes, run)
         if self.jumps_at_ends and run.sigma(s) == 0:
             return run.jump(x, t, s)
@@ -180,14 +184,14 @@ class Adams(Solver):
         return self.start == "matched" and known + 1 < self.nodes - 1
 
     def _starter(self) -> Tableau:
-        return STARTERS[min(self.nodes - 1 + (self.correct or 0), 4)]
+        return STARTERS[min((self.corrector or self.nodes) - 1, 4)]
 
     def _correction(self, times: list[float], slopes: list[Linear], run: Run) -> Linear:
         """What the slope at the end of the last step, the newest, adds to the state there."""
         t, s = times[-2:]
         form, nodes = self.form_at(run, t), times[:-1]
         predicted = self.predictor_weights(run, form, nodes, t, s)
-        count = max(2, len(nodes) + (self.correct or 0))
+        count = min(self.corrector or 0, len(times))
         corrected = self.corrector_weights(run, form, times[-count:], t, s)
         gain = [0.0] * (len(times) - count) + corrected
         gain = [c - w for c, w in zip(gain, [*predicted, 0.0], strict=True)]

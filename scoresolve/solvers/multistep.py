@@ -109,7 +109,7 @@ class UniPC(Adams):
     ) -> None:
         if order not in (1, 2, 3, 4) or variant not in ("bh1", "bh2"):
             raise ArgumentError(f"UniPC of order {order}, {variant!r}: 1 to 4, 'bh1' or 'bh2'")
-        super().__init__(order, get_form(form), "log_snr", 1 if correct else None, start)
+        super().__init__(order, get_form(form), "log_snr", order + 1 if correct else None, start)
         self.variant = variant
         self.jumps_at_ends = True
         settings = (str(order), variant, form)

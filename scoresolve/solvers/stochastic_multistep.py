@@ -73,7 +73,8 @@ class SASolver(Adams):
 
     Args:
         order: of the predictor, 1 to 4.
-        correct: nodes of the corrector beyond the predictor's, 0 or 1; None for no corrector.
+        corrector: predictions that the corrector takes, `order` or one more; 0 for no corrector;
+            one more if omitted.
         tau: noise level, a number or a function of sigma/alpha, read at the start of each step.
 
     Raises:
@@ -89,12 +90,13 @@ class SASolver(Adams):
     def __init__(
         self,
         order: int = 3,
-        correct: int | None = 1,
+        corrector: int | None = None,
         tau: float | Callable[[float], float] = 1.0,
     ) -> None:
         self.tau = tau if callable(tau) else None
         first = data_form(1.0 if callable(tau) else tau)
-        super().__init__(order, first, "log_snr", correct, start="graded")
+        slopes = order + 1 if corrector is None else corrector or None
+        super().__init__(order, first, "log_snr", slopes, start="graded")
         self.jumps_at_ends = True
         self.order = min(order, 2)
         self.name = "sa_solver" if order == 3 else f"sa_solver_{order}"
