@@ -25,6 +25,7 @@ __all__ = [
     "Status",
     "UnknownNameError",
     "nearest_names",
+    "real_number",
     "row_status",
     "whole_number",
 ]
@@ -94,13 +95,35 @@ def row_status(x: Tensor) -> Tensor:
     return torch.where(finite, int(Status.OK), int(Status.NONFINITE))
 
 
-def whole_number(name: str, value: object, least: int = 1) -> int:
-    """`value` as an int of at least `least`; raises `ArgumentError` for anything else."""
+def whole_number(name: str, value: object, least: int = 1, most: int | None = None) -> int:
+    """`value` as an int from `least` to `most`; raises `ArgumentError` for anything else."""
     number = math.nan if isinstance(value, bool) else value
     try:
         whole = int(number)  # type: ignore[call-overload]
     except (TypeError, ValueError, OverflowError):
         whole = None
-    if whole is None or whole != number or whole < least or isinstance(value, str):
-        raise ArgumentError(f"{name} = {value!r}: give a whole number of at least {least}")
+    bad = whole is None or whole != number or isinstance(value, str)
+    if bad or whole < least or (most is not None and whole > most):
+        bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ArgumentError(f"{name} = {value!r}: give a whole number {bounds}")
     return int(whole)
+
+
+def real_number(
+    name: str,
+    value: object,
+    above: float = -math.inf,
+    least: float = -math.inf,
+    most: float = math.inf,
+) -> float:
+    """`value` as a finite float, > `above`, >= `least`, <= `most`; else raises `ArgumentError`."""
+    try:
+        number = math.nan if isinstance(value, str | bool) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        number = math.nan
+    if not (math.isfinite(number) and above < number <= most and number >= least):
+        low = f" above {above:g}" if above > -math.inf else ""
+        low = f" from {least:g}" if least > -math.inf else low
+        high = "" if most == math.inf else f" up to {most:g}"
+        raise ArgumentError(f"{name} = {value!r}: give a finite number{low}{high}")
+    return number

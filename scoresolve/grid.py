@@ -5,6 +5,7 @@ A spacing is a monotone variable q(t); its grid is uniform in q between t_start 
     uniform  t                    log_snr     log(alpha/sigma)        karras   k^(1/rho)
     quadratic  sqrt(t)            cosine      angle = atan(k)         flow     k/(1 + k)
     shift  flow time, unshifted   sqrt_angle  sqrt(angle)             with k = sigma/alpha
+    scaled  sqrt(atan(k/level)), the first steps shorter, for the default solver
 
 The end rule is part of the grid: stop at t_end, or add one call that jumps to sigma = 0.
 """
@@ -109,11 +110,11 @@ def _karras(sde: SDE, rho: float = 7.0) -> _Spacing:
     return _of_noise_ratio(sde, lambda log_k: (log_k / rho).exp(), lambda q: rho * q.log())
 
 
-def _angle(sde: SDE, power: float = 1.0) -> _Spacing:
+def _angle(sde: SDE, power: float = 1.0, level: float = 1.0) -> _Spacing:
     return _of_noise_ratio(
         sde,
-        lambda log_k: log_k.exp().atan() ** power,
-        lambda q: (q ** (1 / power)).tan().log(),
+        lambda log_k: (log_k.exp() / level).atan() ** power,
+        lambda q: (level * (q ** (1 / power)).tan()).log(),
     )
 
 
@@ -129,6 +130,10 @@ def _shift(sde: SDE, shift: float = 3.0) -> _Spacing:
     )
 
 
+def _scaled(sde: SDE, scale: float = 1.0) -> _Spacing:
+    return _angle(sde, power=0.5, level=0.9 * scale)
+
+
 def _flow(sde: SDE) -> _Spacing:
     return _shift(sde, shift=1.0)
 
@@ -141,6 +146,7 @@ _SPACINGS: dict[str, Callable[..., _Spacing]] = {
     "cosine": _angle,
     "sqrt_angle": _sqrt_angle,
     "flow": _flow,
+    "scaled": _scaled,
     "shift": _shift,
     "polyexponential": _log_snr,
     "beta": _uniform,
@@ -151,6 +157,11 @@ def _warp(name: str, u: Tensor, rho: float, a: float, b: float) -> Tensor:
     """Where on [0, 1] the nodes of a spacing lie; evenly unless the grid is defined otherwise."""
     if name == "polyexponential":
         return 1 - (1 - u) ** rho
+    if name == "scaled":  # the first steps are shorter, for the start of a multistep method
+        steps = len(u) - 1
+        ramp = min(4.0, max(1.0, steps / 5))
+        sizes = 0.5 ** (1 - torch.arange(steps, dtype=u.dtype) / ramp).clamp(min=0)
+        return torch.cat([u[:1], sizes.cumsum(0) / sizes.sum()])
     if name == "beta":
         return torch.from_numpy(1 - betaincinv(a, b, (1 - u).numpy()))
     return u
@@ -189,6 +200,7 @@ def make_grid(
     shift: float = 3.0,
     a: float = 0.6,
     b: float = 0.6,
+    scale: float = 1.0,
 ) -> Grid:
     """The named grid of `steps` steps from `t_start` to `t_end`.
 
@@ -203,6 +215,7 @@ def make_grid(
         rho: exponent of "karras" (7 if omitted) and of "polyexponential" (1 if omitted).
         shift: factor of sigma/alpha in "shift", > 0.
         a, b: parameters of the "beta" grid, > 0.
+        scale: of "scaled", the noise level sigma/alpha at which the modes of the data part, > 0.
 
     Returns:
         A `Grid` whose first and last times are exactly `t_start` and `t_end`.
@@ -221,7 +234,7 @@ def make_grid(
     if name not in GRIDS:
         raise UnknownNameError("grid", name, GRIDS)
     steps = whole_number("steps", steps)
-    for option, value in {"rho": rho, "shift": shift, "a": a, "b": b}.items():
+    for option, value in {"rho": rho, "shift": shift, "a": a, "b": b, "scale": scale}.items():
         if value is not None and not (math.isfinite(value) and value > 0):
             raise ArgumentError(f"{option} = {value}: give a positive number")
     if name in _INTEGER:
@@ -236,6 +249,8 @@ def make_grid(
         spacing = _karras(sde, 7.0 if rho is None else rho)
     elif name == "shift":
         spacing = _shift(sde, shift)
+    elif name == "scaled":
+        spacing = _scaled(sde, scale)
     else:
         spacing = _SPACINGS[name](sde)
     Grid((start, end)).check(sde)
@@ -247,6 +262,8 @@ def make_grid(
         )
     u = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     u = _warp(name, u, 1.0 if rho is None else rho, a, b)
+    if name == "scaled" and start < end:  # its short steps are those at the noise
+        u = 1 - u.flip(0)
     inner = spacing.inverse(q[0] + u * (q[1] - q[0]))[1:-1].tolist()
     return Grid((start, *inner, end), bool(denoise), name)
 

@@ -50,6 +50,7 @@ __all__ = [
     "from_v",
     "from_x0",
     "prediction_rows",
+    "scale_of_data",
 ]
 
 PREDICTIONS = ("score", "eps", "x0", "v", "flow")
@@ -143,14 +144,31 @@ def check_output(m: object, x: Tensor) -> None:
         )
 
 
+def scale_of_data(std: float, dimension: int) -> float:
+    """About the noise level sigma/alpha at which the modes of data part: 0.55 std D^0.4.
+
+    Modes of data of that standard deviation per coordinate lie some std D^(1/2) apart, and noise
+    hides them when it is a fraction of that. Factor and exponent are fitted to mixtures of 1 to
+    128 dimensions and standard deviations of 0.2 to 3.
+
+    Args:
+        std: root of the mean variance of a coordinate, > 0.
+        dimension: D >= 1.
+    """
+    return float(0.55 * std * dimension**0.4)
+
+
 class Model(ABC):
     """A score model: callable as `score(x, t, **cond)`, readable as any prediction.
 
     Attributes:
         sde: the process whose time the model lives in; None if it is at home in any.
+        data_scale: noise level sigma/alpha where the modes of the data part, as `scale_of_data`
+            estimates it; None if it is not known. The default solver reads it.
     """
 
     sde: SDE | None
+    data_scale: float | None = None
 
     @abstractmethod
     def predict(self, prediction: str, x: Tensor, t: TimeLike, **cond: Any) -> Tensor:
@@ -289,6 +307,7 @@ class _TransportedModel(Model):
 
     def __init__(self, model: Model, sde: GaussianSDE) -> None:
         self.model, self.sde = model, sde
+        self.data_scale = model.data_scale
 
     def predict(self, prediction: str, x: Tensor, t: TimeLike, **cond: Any) -> Tensor:
         home, sde = self.model.sde, self.sde

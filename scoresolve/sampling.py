@@ -8,7 +8,6 @@ Both run the same driver (`scoresolve.driving`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,7 +30,7 @@ from scoresolve.grid import Grid, as_grid, make_grid
 from scoresolve.models import Model, as_model
 from scoresolve.noise import NoiseSource, as_noise
 from scoresolve.plans import Plan, StepReport, check_state, trace
-from scoresolve.sde import SDE, GaussianSDE
+from scoresolve.sde import SDE
 from scoresolve.solvers import Integrator, Solver, get_solver
 
 __all__ = [
@@ -44,7 +43,7 @@ __all__ = [
     "sample",
 ]
 
-DEFAULT_SOLVER = "ab2_v"
+DEFAULT_SOLVER = "auto"
 DEFAULT_NFE = 30
 
 Times = Grid | Sequence[float] | Tensor
@@ -100,19 +99,29 @@ def grid_for(
         steps, nfe: the budget, one of them; 30 calls if neither is given.
         t_start, t_end, denoise: as in `make_grid`.
 
+    Returns:
+        The `Grid`.
+
     Raises:
         ArgumentError: both budgets are given, or one is not a positive whole number.
         GridError: a single step already costs more than `nfe`.
     """
     if steps is not None and nfe is not None:
         raise ArgumentError(f"steps = {steps} and nfe = {nfe}: give one budget, not both")
-    name = grid or _suitable(solver, sde, t_start, t_end)
+
+    def make(n: int) -> Grid:
+        if grid is None:
+            return solver.make_grid(sde, n, t_start, t_end, denoise)
+        return make_grid(grid, sde, n, t_start, t_end, denoise)
+
     if steps is not None:
-        return make_grid(name, sde, steps, t_start, t_end, denoise)
+        return make(steps)
+    if (fixed := solver.steps_for_budget()) is not None:
+        return make(fixed)
     budget = whole_number("nfe", DEFAULT_NFE if nfe is None else nfe)
 
     def cost(n: int) -> int:
-        times = make_grid(name, sde, n, t_start, t_end, denoise)
+        times = make(n)
         return trace(solver, sde, times.times, times.denoise).nfe
 
     if cost(1) > budget:
@@ -121,16 +130,7 @@ def grid_for(
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if cost(middle) <= budget else (low, middle)
-    return make_grid(name, sde, low, t_start, t_end, denoise)
-
-
-def _suitable(solver: Solver, sde: SDE, t_start: float | None, t_end: float | None) -> str:
-    """The solver's own grid; "flow" where log-SNR is infinite at an end."""
-    if not isinstance(sde, GaussianSDE):
-        return "uniform"
-    ends = (sde.T if t_start is None else t_start, sde.t_min if t_end is None else t_end)
-    finite = all(math.isfinite(float(sde.log_snr(t))) for t in ends)
-    return solver.grid if finite else "flow"
+    return make(low)
 
 
 def sample(
@@ -192,6 +192,10 @@ def sample(
         SolveError: a sample failed and `raise_on_failure` is set.
     """
     resolved = get_solver(solver)
+    model = as_model(score, sde)
+    if isinstance(resolved, Solver):
+        resolved = resolved.scaled(model.data_scale)
+        resolved = resolved if nfe is None else resolved.budgeted(nfe - bool(denoise))
     if (shape is None) == (x is None):
         raise ArgumentError("give either shape=[B, *event] or a start x=, not both")
     source = as_noise(noise, seed)
@@ -228,7 +232,6 @@ def sample(
         Grid(ends).check(sde)
         engine = IntegratorEngine(resolved, sde, ends, bool(denoise))
     warn_of_dropout(score)
-    model = as_model(score, sde)
     with torch.set_grad_enabled(gradients):
         return drive(engine, model, start, source, chunk, progress, raise_on_failure, cond)
 

@@ -120,7 +120,9 @@ def test_certify_tells_pass_from_fail_by_its_exit_code(monkeypatch: pytest.Monke
     assert certificate["passed"] is True
 
     class Proud(ss.solvers.DPMSolverPP):
-        order = 3
+        def __init__(self) -> None:
+            super().__init__()
+            self.order = 3
 
     monkeypatch.setitem(REGISTRY, "dpmpp_2m", Proud)
     result = run("certify", "dpmpp_2m")

@@ -79,7 +79,21 @@ def test_every_spacing_is_uniform_in_its_variable(name: str, sde: GaussianSDE) -
 
 
 def test_every_spacing_has_its_formula_in_this_file() -> None:
-    assert set(SPACINGS) == {*VARIABLES, "beta"}
+    assert set(SPACINGS) == {*VARIABLES, "beta", "scaled"}
+
+
+@pytest.mark.parametrize("steps", [1, 3, 8, 40])
+@pytest.mark.parametrize("scale", [0.3, 1.0, 5.0])
+def test_the_scaled_grid_is_the_root_of_an_angle_with_short_first_steps(
+    steps: int, scale: float
+) -> None:
+    sde, ramp = EDM(), min(4.0, max(1.0, steps / 5))
+    sizes = [0.5 ** max(0.0, 1 - i / ramp) for i in range(steps)]
+    roots = [math.atan(k / (0.9 * scale)) ** 0.5 for k in (sde.T, sde.t_min)]
+    place = [sum(sizes[:i]) / sum(sizes) for i in range(steps + 1)]
+    angles = [(roots[0] + u * (roots[1] - roots[0])) ** 2 for u in place]
+    expected = [0.9 * scale * math.tan(angle) for angle in angles]
+    assert make_grid("scaled", sde, steps, scale=scale).times == pytest.approx(expected, rel=1e-9)
 
 
 def test_karras_grid_is_equation_5() -> None:

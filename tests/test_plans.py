@@ -231,8 +231,9 @@ def test_nfe_is_the_number_of_calls_really_made(name: str, denoise: bool) -> Non
         ("midpoint_v", 9, 18),
         ("rk4_x0", 9, 36),
         ("ab2", 9, 9),
-        ("ab3_v", 9, 10),
-        ("ab4_flow", 9, 13),
+        ("ab3_v", 9, 9),
+        ("ab3_v", 30, 31),
+        ("ab4_flow", 30, 34),
         ("dpmpp_2m", 9, 9),
         ("stochastic_heun", 9, 18),
         ("pc", 9, 18),
@@ -600,7 +601,7 @@ def test_live_tensors_do_not_grow_with_the_steps(name: str) -> None:
         plan.run(NetworkModel(net, PLANE, native(plan)), start(), Philox(0))
         return most
 
-    assert peak(8) == peak(24) <= 8
+    assert peak(28) == peak(56) <= (13 if name == "auto" else 8)  # auto remembers five steps
 
 
 # --- gradients -----------------------------------------------------------------------------------

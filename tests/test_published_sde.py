@@ -406,9 +406,11 @@ def restart(low: float = 0.3, high: float = 1.0, repeats: int = 2) -> Reference:
 
 
 def repaint(p: Problem, x: Tensor, times: Times, z: Draws) -> Tensor:
-    """Lugmayr et al. 2022 (2201.09865), algorithm 1 without a mask: each DDPM step ten times."""
+    """Lugmayr et al. 2022 (2201.09865), algorithm 1 without a mask: each DDPM step ten times,
+    but for the last.
+    """
     for t, s in itertools.pairwise(times):
-        for turn in range(10):
+        for turn in range(1 if s == times[-1] else 10):
             if turn:
                 a = p.alpha(t) / p.alpha(s)
                 x = a * x + math.sqrt(p.sigma(t) ** 2 - (a * p.sigma(s)) ** 2) * next(z)
@@ -447,9 +449,11 @@ def additive(shift: float, node: float, weight: float, levy: float) -> Step:
 
 
 def flow_sde(p: Problem, x: Tensor, t: float, s: float, z: Draws) -> Tensor:
-    """Ma et al. 2024 (2401.08740) with w = sigma: Euler-Maruyama on u - w^2/2 score."""
+    """Ma et al. 2024 (2401.08740): Euler-Maruyama on u - w^2/2 score, w^2 = g^2 alpha^2/r^2."""
     alpha_dot, sigma_dot = p.rates(t)
-    eps, w = p.eps(x, t), p.sigma(t)
+    alpha, sigma, eps = p.alpha(t), p.sigma(t), p.eps(x, t)
+    g_square = 2 * sigma * (sigma_dot - alpha_dot / alpha * sigma) if alpha else math.inf
+    w = math.sqrt(g_square * alpha**2 / (alpha**2 + sigma**2)) if alpha else 0.0
     drift = alpha_dot * p.x0(x, t) + sigma_dot * eps + w**2 / 2 * eps / p.sigma(t)
     return x + (s - t) * drift + w * math.sqrt(t - s) * next(z)
 

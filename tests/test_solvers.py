@@ -153,7 +153,9 @@ def test_pathwise_order_is_the_nominal_one_on_the_nonlinear_flow_of_a_mixture(
         traced = trace(solver, sde, make_grid(grid, sde, steps, start, end).times)
         x = traced.run(lambda x, t: MIXTURE.score(sde, x, t), STARTS)
         errors.append(float((x - flow_end(process, end)).square().mean().sqrt()))
-    assert abs(slopes(errors)[-1] - solver.order) < 2 * MARGIN, errors
+    assert slopes(errors)[-1] > solver.order - 2 * MARGIN, errors
+    if name != "auto":  # whose higher steps hide the order of its start on these grids
+        assert slopes(errors)[-1] < solver.order + 2 * MARGIN, errors
     assert errors[-1] < errors[0] / 2 ** (3 * (solver.order - 0.5))
 
 
@@ -272,11 +274,11 @@ def reverse_diffusion_step(t: float, s: float) -> Affine:
 
 
 def flow_sde_step(t: float, s: float) -> Affine:
-    """Drift of the flow, f - g^2/2 score, less w^2/2 score, w = sigma."""
-    ab = schedule(t)[0]
+    """Drift of the flow, f - g^2/2 score, less w^2/2 score, w^2 = g^2 alpha^2."""
+    ab, beta, _ = schedule(t)
     (flow_k, flow_b), (k, b) = drift_at(t, 0.0), score_at(t)
-    half = (1 - ab) / 2
-    noise = math.sqrt((1 - ab) * (t - s))
+    half = beta * ab / 2
+    noise = math.sqrt(beta * ab * (t - s))
     return 1 + (s - t) * (flow_k - half * k), (s - t) * (flow_b - half * b), noise
 
 
@@ -485,7 +487,8 @@ def test_a_deterministic_solver_draws_nothing(name: str) -> None:
 
 @every_solver
 def test_a_stochastic_solver_says_so(name: str) -> None:
-    assert trace(fixed(name), VP(), TIMES).stochastic == fixed(name).stochastic
+    times = make_grid("cosine", VP(), 12).times
+    assert trace(fixed(name), VP(), times).stochastic == fixed(name).stochastic
 
 
 @every_solver
@@ -667,7 +670,7 @@ def test_a_row_of_the_registry_names_itself(name: str) -> None:
 
 
 @every_solver
-@pytest.mark.parametrize("n", [1, 4, 11])
+@pytest.mark.parametrize("n", [1, 11, 30, 41])
 def test_the_nfe_rule_is_what_a_plan_counts(name: str, n: int) -> None:
     rule = nfe_rule(fixed(name))
     counted = trace(fixed(name), VP(), make_grid("uniform", VP(), n).times).nfe
@@ -676,7 +679,7 @@ def test_the_nfe_rule_is_what_a_plan_counts(name: str, n: int) -> None:
         return
     slope, sign, rest = (*rule.split(), "+", "0")[:3]
     promised = int(slope.removesuffix("n") or 1) * n + int(sign + rest)
-    if n >= 4:  # a start-up longer than the grid is cut short
+    if n >= 24:  # below, multistep methods start without extra calls
         assert counted == promised
     assert counted <= promised
 
@@ -737,7 +740,8 @@ def test_settings_out_of_range_are_refused(
 def test_every_form_and_method_has_its_row() -> None:
     for method in ("euler", "midpoint", "heun", "rk4", "ab2", "ab3", "ab4"):
         for form in FORMS:
-            assert (method if form == "eps" else f"{method}_{form}") in REGISTRY
+            stable = not (method.startswith("ab") and form == "x0")
+            assert ((method if form == "eps" else f"{method}_{form}") in REGISTRY) == stable
     assert len(GRIDS) == len(set(GRIDS))
 
 

@@ -57,6 +57,7 @@ class GuidedModel(Model):
     def __init__(self, model: Model | Callable[..., Tensor], sde: SDE) -> None:
         self.sde = _gaussian(sde)
         self.model = as_model(model, sde)
+        self.data_scale = self.model.data_scale
         self._latest: dict[torch.dtype, float] = {}
 
     @abstractmethod

@@ -80,7 +80,8 @@ class Steps(Protocol):
     name: str
     predicts: str
     stochastic: bool
-    jumps_at_ends: bool
+    jumps_at_noise: bool
+    jumps_at_data: bool
 
     def step(self, x: Linear, t: float, s: float, run: Run) -> Linear: ...
 
@@ -205,19 +206,30 @@ class Run:
 
     def jump(self, x: Linear, t: float, s: float, fresh: bool = False) -> Linear:
         """alpha_s x0 + sigma_s eps with the predicted x0 and its eps, or fresh noise for eps."""
-        x0 = self.predict(x, t, "x0")
+        if self.sigma(t) == 0:
+            x0, eps = x / self.alpha(t), self.predict(x, t, "eps")
+        else:
+            x0 = self.predict(x, t, "x0")
+            eps = (x - self.alpha(t) * x0) / self.sigma(t)
         self._first_call = None  # a node that no polynomial in log-SNR passes through
-        result = self.alpha(s) * x0
         if self.sigma(s) == 0:
-            return result
-        eps = self.noise(t, s) if fresh else (x - self.alpha(t) * x0) / self.sigma(t)
-        return result + self.sigma(s) * eps
+            return self.alpha(s) * x0
+        return self.alpha(s) * x0 + self.sigma(s) * (self.noise(t, s) if fresh else eps)
+
+    def _must_jump(self, solver: Steps, t: float, s: float) -> bool:
+        if not isinstance(self.sde, GaussianSDE):
+            return False
+        at_noise = solver.jumps_at_noise and 0 in (self.alpha(t), self.alpha(s))
+        # at sigma = 0 neither x0 nor the score tells eps
+        blind = self.sigma(t) == 0 and solver.predicts in ("x0", "score")
+        at_data = solver.jumps_at_data and 0 in (self.sigma(t), self.sigma(s))
+        return at_noise or at_data or blind
 
     def advance(self, solver: Steps, x: Linear, t: float, s: float) -> Linear:
         """One step of `solver`, recorded in `past` and materialised."""
         self._first_call = None
         try:
-            if solver.jumps_at_ends and 0 in (self.alpha(t), self.sigma(s)):
+            if self._must_jump(solver, t, s):
                 stepped = self.jump(x, t, s, fresh=solver.stochastic)
             else:
                 stepped = solver.step(x, t, s, self)
@@ -253,7 +265,7 @@ class Run:
         terms = tuple((r, c) for r, c in x.terms.items() if c != 0.0)
         if len(terms) == 1 and abs(terms[0][1] - 1.0) < _ULPS:  # a * (x / a) is x
             return terms[0][0]
-        if not all(math.isfinite(c) for _, c in terms):
+        if not terms or not all(math.isfinite(c) for _, c in terms):
             raise self._singular()
         out = self._new()
         self.stages.append(Combine(out, terms))

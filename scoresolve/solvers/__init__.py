@@ -26,6 +26,7 @@ from scoresolve.solvers.multistep import IPNDM, PNDM, DPMSolverPP, GradientEstim
 from scoresolve.solvers.registry import ALIASES, REGISTRY, get_solver, nfe_rule, noise_rule
 from scoresolve.solvers.renoising import Churn, Consistency, Resampling, Restart
 from scoresolve.solvers.runge_kutta import RungeKutta
+from scoresolve.solvers.scaled import ScaledAdams
 from scoresolve.solvers.stochastic import (
     DDIM,
     DDPM,
@@ -80,6 +81,7 @@ __all__ = [
     "SASolver",
     "SDEDPMSolverPP",
     "SDEDPMSolverPPS",
+    "ScaledAdams",
     "ShARK",
     "Solution",
     "Solver",

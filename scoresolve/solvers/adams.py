@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from scoresolve.errors import ArgumentError, UnknownNameError
+from scoresolve.errors import ArgumentError, UnknownNameError, whole_number
 from scoresolve.plans import Linear, Run
 from scoresolve.solvers.base import Solver
 from scoresolve.solvers.forms import Form, get_form
@@ -27,22 +27,35 @@ __all__ = [
     "AdamsBashforth",
     "ExponentialAdams",
     "adams_weights",
+    "exponential_form",
+    "midpoint_weights",
     "slope_weights",
 ]
 
-VARIABLES: dict[str, Callable[[Run, float], float]] = {
+Variable = Callable[[Run, float], float]
+VARIABLES: dict[str, Variable] = {
     "log_snr": lambda run, lam: lam,
     "sigma": lambda run, lam: math.exp(-lam),
     "angle": lambda run, lam: math.atan(math.exp(-lam)),
     "time": lambda run, lam: run.time(lam),
 }
+MATCHED_FROM = 24
+"""Steps of a grid from which a "matched" start takes its Runge-Kutta steps."""
 STARTERS = {1: EULER, 2: HEUN, 3: KUTTA3, 4: RK4}
 _ABSCISSAE, _WEIGHTS = (values.tolist() for values in np.polynomial.legendre.leggauss(12))
 _NEGLIGIBLE = 40.0  # in lam: exp(-40) is below rounding
 
 
 def adams_weights(nodes: Sequence[float], start: float, end: float) -> list[float]:
-    """Integrals of the Lagrange polynomials of distinct `nodes` from `start` to `end`."""
+    """Integrals of the Lagrange polynomials of distinct `nodes` from `start` to `end`.
+
+    Args:
+        nodes: n distinct numbers.
+        start, end: distinct ends.
+
+    Returns:
+        n weights; their sum is `end - start`.
+    """
     h = end - start
     u = [(node - start) / h for node in nodes]
     weights = []
@@ -57,27 +70,32 @@ def adams_weights(nodes: Sequence[float], start: float, end: float) -> list[floa
 
 
 def slope_weights(
-    form: Form, variable: str, run: Run, nodes: Sequence[float], t: float, s: float
+    form: Form, variable: str | Variable, run: Run, nodes: Sequence[float], t: float, s: float
 ) -> list[float]:
     """Weights of the slopes at the times `nodes` in the integral of their polynomial over [t, s].
 
     Args:
         form: whose tau is integrated over.
-        variable: what the polynomial is in: "clock" (tau), "log_snr", "sigma" or "time".
+        variable: what the polynomial is in: "clock" (tau), "log_snr", "sigma", "angle" or "time",
+            or a function of the run and lam.
         run: the run.
         nodes: distinct times.
         t, s: ends of the step.
+
+    Returns:
+        One weight for each node.
+
+    Raises:
+        ArgumentError: the form has no such polynomials.
     """
     if variable == "clock":
         clock = [form.clock(run, node) for node in nodes]
         return adams_weights(clock, form.clock(run, t), form.clock(run, s))
     if form.clock_rate is None:
         raise ArgumentError(f"a form of {form.prediction!r} has no polynomials in {variable!r}")
-    place = VARIABLES[variable]
+    place = VARIABLES[variable] if isinstance(variable, str) else variable
     points = [place(run, run.log_snr_half(node)) for node in nodes]
-    start = run.log_snr_half(t)
-    length = min(run.log_snr_half(s) - start, _NEGLIGIBLE)
-    panels = max(1, math.ceil(abs(length)))
+    start, length, panels = _window(form.clock_rate, run.log_snr_half(t), run.log_snr_half(s))
     half = length / panels / 2
     weights = [0.0] * len(nodes)
     for panel in range(panels):
@@ -88,6 +106,26 @@ def slope_weights(
                 others = points[:j] + points[j + 1 :]
                 weights[j] += density * math.prod((u - u_k) / (u_j - u_k) for u_k in others)
     return weights
+
+
+def midpoint_weights(run: Run, form: Form, nodes: Sequence[float], s: float) -> list[float]:
+    """Weights of two slopes, the last at the start of a step to `s`: the line's value halfway in
+    half-log-SNR times the length of the step, the "2M" of DPM-Solver++.
+    """
+    before, now, after = (run.log_snr_half(time) for time in (*nodes, s))
+    length = form.clock(run, s) - form.clock(run, nodes[-1])
+    extra = length * (after - now) / (now - before) / 2
+    return [-extra, length + extra]
+
+
+def _window(rate: Callable[[float], float], t: float, s: float) -> tuple[float, float, int]:
+    """Where to start, how far to go and in how many panels, for an integral of rate over lam."""
+    t, s = (min(max(lam, -_NEGLIGIBLE), _NEGLIGIBLE) for lam in (t, s))
+    growth = math.log(abs(rate(s) / rate(t)))
+    if abs(s - t) > _NEGLIGIBLE:  # keep the end that carries the mass
+        reach = math.copysign(_NEGLIGIBLE, s - t)
+        t, s = (s - reach, s) if growth > 0 else (t, t + reach)
+    return t, s - t, max(1, math.ceil(max(abs(s - t), abs(growth) / 2)))
 
 
 class Adams(Solver):
@@ -104,8 +142,9 @@ class Adams(Solver):
         start: "matched" takes Runge-Kutta steps of order one less (one call more for order 3,
             four for order 4, nine for order 5) until enough slopes are known, which keeps the
             global order; with a corrector of one slope more they are of one order more, as is
-            the method. "graded" takes the slopes there are, as most published code does, which
-            leaves order 2 at most, 3 with a corrector.
+            the method. On grids of less than 24 steps, where the calls are better spent on
+            steps, and with "graded" everywhere it takes the slopes there are, as most published
+            code does; kept up on finer grids that leaves order 2 at most, 3 with a corrector.
 
     Raises:
         ArgumentError: another order, corrector or start.
@@ -116,18 +155,18 @@ class Adams(Solver):
     """
 
     source = "Hairer et al. 1993, III.5"
+    remembers = True
 
     def __init__(
         self,
         order: int,
         form: Form,
-        variable: str = "clock",
+        variable: str | Variable = "clock",
         corrector: int | None = None,
         start: str = "matched",
     ) -> None:
-        if order not in (1, 2, 3, 4, 5):
-            raise ArgumentError(f"an Adams method of order {order}: choose 1 to 5")
-        if variable != "clock" and variable not in VARIABLES:
+        order = whole_number("order", order, most=5)
+        if isinstance(variable, str) and variable not in ("clock", *VARIABLES):
             raise UnknownNameError("variable", variable, ("clock", *VARIABLES))
         if corrector is not None and corrector not in (max(2, order), order + 1):
             raise ArgumentError(
@@ -141,31 +180,35 @@ class Adams(Solver):
         reach = 5 if start == "matched" else 2 if corrector is None else 3
         self.order = min(corrector or order, reach)
         self.predicts = form.prediction
-        self.jumps_at_ends = not form.ends_at_data and variable != "clock"
-        self.grid = "flow" if form.ends_at_data else "log_snr"
+        self.jumps_at_noise = form.singular_at_noise or variable in ("log_snr", "sigma")
+        self.jumps_at_data = form.singular_at_data or variable == "log_snr"
+        self.grid = "log_snr" if form.singular_at_data else "flow"
 
     def form_at(self, run: Run, t: float) -> Form:
         """The form of the step that starts at `t`; a noise level that changes overrides this."""
         return self.form
 
     def step(self, x: Linear, t: float, s: float, run: Run) -> Linear:
-        form, past = self.form_at(run, t), run.past[-self.nodes :]
-        if self._starting(len(run.past)):
+        form, (nodes, corrector) = self.form_at(run, t), self.slopes(run)
+        past = run.past[-nodes:]
+        if self._starting(len(run.past), run):
             y, _ = advance(self._starter(), form, x / form.scale(run, t), t, s, run)
             return form.scale(run, s) * y
         times = [*(node.t for node in past), t]
         slopes = [form.slope_from(run, node.t, node.x, node.m) for node in past]
         slopes.append(form.slope(run, x / form.scale(run, t), t))
-        if self.corrector is not None and past and not self._starting(len(run.past) - 1):
-            x = x + self._correction(times, slopes, run)
-        if self.jumps_at_ends and run.sigma(s) == 0:
-            return run.jump(x, t, s)
+        if corrector and past and not self._starting(len(run.past) - 1, run):
+            x = x + self._correction(times, slopes, corrector, run)
         y = x / form.scale(run, t)
-        weights = self.predictor_weights(run, form, times[-self.nodes :], t, s)
+        weights = self.predictor_weights(run, form, times[-nodes:], t, s)
         for weight, slope in zip(weights[::-1], slopes[::-1], strict=False):  # newest first
             y = y + weight * slope
         noise = form.noise(run, t, s)
         return form.scale(run, s) * (y if noise is None else y + noise)
+
+    def slopes(self, run: Run) -> tuple[int, int]:
+        """How many slopes predictor and corrector take; 0 for no corrector."""
+        return self.nodes, self.corrector or 0
 
     def predictor_weights(
         self, run: Run, form: Form, nodes: Sequence[float], t: float, s: float
@@ -179,23 +222,25 @@ class Adams(Solver):
         """The same once the slope at s, the last of `nodes`, is known."""
         return slope_weights(form, self.variable, run, nodes, t, s)
 
-    def _starting(self, known: int) -> bool:
+    def _starting(self, known: int, run: Run) -> bool:
         """Whether a step that finds `known` earlier slopes is one of the start-up."""
-        return self.start == "matched" and known + 1 < self.nodes - 1
+        matched = self.start == "matched" and len(run.times) > MATCHED_FROM
+        return matched and known + 1 < self.nodes - 1
 
     def _starter(self) -> Tableau:
         return STARTERS[min((self.corrector or self.nodes) - 1, 4)]
 
-    def _correction(self, times: list[float], slopes: list[Linear], run: Run) -> Linear:
+    def _correction(
+        self, times: list[float], slopes: list[Linear], corrector: int, run: Run
+    ) -> Linear:
         """What the slope at the end of the last step, the newest, adds to the state there."""
         t, s = times[-2:]
-        form, nodes = self.form_at(run, t), times[:-1]
-        predicted = self.predictor_weights(run, form, nodes, t, s)
-        count = min(self.corrector or 0, len(times))
-        corrected = self.corrector_weights(run, form, times[-count:], t, s)
-        gain = [0.0] * (len(times) - count) + corrected
-        gain = [c - w for c, w in zip(gain, [*predicted, 0.0], strict=True)]
-        terms = (form.scale(run, s) * g * k for g, k in zip(gain, slopes, strict=True))
+        form = self.form_at(run, t)
+        before = self.predictor_weights(run, form, times[:-1], t, s)
+        after = self.corrector_weights(run, form, times[-corrector:], t, s)
+        after = [0.0] * (len(times) - len(after)) + after
+        gains = (new - old for new, old in zip(after, [*before, 0.0], strict=True))
+        terms = (form.scale(run, s) * gain * k for gain, k in zip(gains, slopes, strict=True))
         return sum(terms, start=0.0 * slopes[-1])
 
 
@@ -220,8 +265,7 @@ class AdamsBashforth(Adams):
     source = "Hairer et al. 1993, III.5; Zhang and Chen 2023 (2204.13902)"
 
     def __init__(self, order: int = 3, form: str = "eps", start: str = "matched") -> None:
-        if order == 1:
-            raise ArgumentError("Adams-Bashforth of order 1 is Euler's method: use RungeKutta")
+        order = whole_number("order", order, least=2, most=5)
         super().__init__(order, get_form(form), start=start)
         self.name = f"ab{order}" if form == "eps" else f"ab{order}_{form}"
 
@@ -243,9 +287,23 @@ class DEIS(Adams):
     source = "Zhang and Chen 2023 (2204.13902), eq. 14 and 15"
 
     def __init__(self, order: int = 3, variable: str = "time", start: str = "matched") -> None:
+        order = whole_number("order", order, most=4)
+        if variable not in ("time", "sigma", "log_snr"):
+            raise UnknownNameError("variable", variable, ("time", "sigma", "log_snr"))
         super().__init__(order, get_form("eps"), variable, start=start)
-        short = {"time": "t", "sigma": "rho", "log_snr": "lam"}.get(variable, variable)
+        short = {"time": "t", "sigma": "rho", "log_snr": "lam"}[variable]
         self.name = f"deis_{short}ab{order}"
+
+
+def exponential_form(name: str) -> Form:
+    """The form of an exponential integrator: "x0" or "eps".
+
+    Raises:
+        UnknownNameError: another name.
+    """
+    if name not in ("x0", "eps"):
+        raise UnknownNameError("form", name, ("x0", "eps"))
+    return get_form(name)
 
 
 class ExponentialAdams(Adams):
@@ -270,6 +328,5 @@ class ExponentialAdams(Adams):
     source = "Hochbruck and Ostermann 2010, section 2.5"
 
     def __init__(self, order: int = 3, form: str = "x0", start: str = "matched") -> None:
-        super().__init__(order, get_form(form), "log_snr", start=start)
-        self.jumps_at_ends = True
+        super().__init__(order, exponential_form(form), "log_snr", start=start)
         self.name = f"eab{order}" if form == "x0" else f"eab{order}_{form}"

@@ -11,22 +11,19 @@ from __future__ import annotations
 
 import math
 
-from scoresolve.errors import ArgumentError
+from scoresolve.errors import real_number
 from scoresolve.plans import Linear, Run
 from scoresolve.solvers.base import Solver
-from scoresolve.solvers.forms import check_eta
 
 __all__ = ["DPM2Ancestral", "DPMSolverPP2SAncestral"]
 
 
 class _Ancestral(Solver):
-    order, stochastic, jumps_at_ends = 1, True, True
+    order, stochastic, jumps_at_noise, jumps_at_data = 2, True, True, True
     base: str
 
     def __init__(self, eta: float = 1.0) -> None:
-        if not 0 < check_eta(eta) <= 1:
-            raise ArgumentError(f"eta = {eta}: an ancestral step needs eta in (0, 1]")
-        self.eta = eta
+        self.eta = real_number("eta", eta, above=0, most=1)
         self.name = self.base if eta == 1 else f"{self.base}(eta={eta:g})"
 
     def levels(self, t: float, s: float, run: Run) -> tuple[float, float, float, float]:

@@ -48,6 +48,9 @@ class LangevinCorrector(Corrector):
         snr: signal-to-noise ratio of a move, > 0.
         moves: moves per time, >= 1.
 
+    Raises:
+        ArgumentError: a value out of range.
+
     Source:
         Song et al. 2021 (2011.13456), algorithms 4 and 5.
     """
@@ -91,6 +94,9 @@ class AnnealedCorrector(Corrector):
     Args:
         ratio: epsilon / sigma_L^2 of the paper, > 0; its epsilon = 2e-5 at sigma_L = 0.01 is 0.2.
         moves: moves per time, >= 1.
+
+    Raises:
+        ArgumentError: a value out of range.
 
     Source:
         Song and Ermon 2019 (1907.05600), algorithm 1.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 
-from scoresolve.errors import ArgumentError, GridError, whole_number
+from scoresolve.errors import GridError, real_number, whole_number
 from scoresolve.plans import Linear, Run
 from scoresolve.solvers.adams import slope_weights
 from scoresolve.solvers.base import Solver
@@ -41,11 +41,11 @@ EXPONENTIAL: dict[int, Scheme] = {1: ((1.0, (0,)),), 2: MIDPOINT, 3: THREE}
 class ExponentialRungeKutta(Solver):
     """One step of a `Scheme` in a form; its subclasses are the published methods."""
 
-    jumps_at_ends = True
+    jumps_at_noise, jumps_at_data = True, True
 
     def __init__(self, scheme: Scheme, form: Form) -> None:
         self.scheme, self.form, self.predicts = scheme, form, form.prediction
-        self.grid = "flow" if form.ends_at_data else "log_snr"
+        self.grid = "log_snr" if form.singular_at_data else "flow"
 
     def step(self, x: Linear, t: float, s: float, run: Run) -> Linear:
         form, start = self.form, run.log_snr_half(t)
@@ -96,8 +96,8 @@ class DPMSolverFast(DPMSolver):
     order; two steps of order 2 cost the same calls.
 
     Args:
-        nfe: calls to make; the grid must have the steps that `orders` tells. If omitted, the last
-            step of any grid is of order 2 (3n - 1 calls).
+        nfe: calls to make, >= 2, on a grid of the steps that `orders` tells; `sample(nfe=...)`
+            sees to both. If omitted, the last step of any grid is of order 2 (3n - 1 calls).
 
     Raises:
         ArgumentError: `nfe` is not a whole number of at least 2.
@@ -115,8 +115,14 @@ class DPMSolverFast(DPMSolver):
         self.nfe = None if nfe is None else whole_number("nfe", nfe, least=2)
         self.second = DPMSolver(2)
 
+    def budgeted(self, nfe: int) -> Solver:
+        return self if nfe < 2 else DPMSolverFast(nfe)
+
+    def steps_for_budget(self) -> int | None:
+        return None if self.nfe is None else len(self.orders(0))
+
     def orders(self, steps: int) -> tuple[int, ...]:
-        """Order of each step of a grid of so many steps."""
+        """Order of each step; `steps` counts if there is no budget."""
         if self.nfe is None:
             return (3,) * (steps - 1) + (2,)
         twos = -self.nfe % 3
@@ -160,7 +166,10 @@ class SDEDPMSolverPPS(ExponentialRungeKutta):
     Independent noises in the two halves, as they are often drawn, reduce the order to 1.
 
     Args:
-        eta: noise level, > 0; 1 is the reverse SDE.
+        eta: noise level, in (0, 5]; 1 is the reverse SDE.
+
+    Raises:
+        ArgumentError: another eta.
 
     Source:
         Lu et al. 2022 (2211.01095), section 5, with the node of algorithm 1.
@@ -170,8 +179,8 @@ class SDEDPMSolverPPS(ExponentialRungeKutta):
     order, stochastic = 2, True
 
     def __init__(self, eta: float = 1.0) -> None:
-        super().__init__(MIDPOINT, data_form(eta))
-        self.name = "dpmpp_sde"
+        super().__init__(MIDPOINT, data_form(real_number("eta", eta, above=0)))
+        self.name = "dpmpp_sde" if eta == 1 else f"dpmpp_sde(eta={eta:g})"
 
 
 class SEEDS(ExponentialRungeKutta):
@@ -192,7 +201,7 @@ class SEEDS(ExponentialRungeKutta):
 
     def __init__(self, stages: int = 2) -> None:
         super().__init__(_scheme(stages), noise_form(1.0))
-        self.order, self.name = min(stages, 2), f"seeds_{stages}"
+        self.order, self.name, self.grid = min(stages, 2), f"seeds_{stages}", "log_snr"
 
 
 class RES2S(ExponentialRungeKutta):
@@ -221,7 +230,8 @@ class RES3S(Solver):
     """
 
     source = "Zhang et al. 2023 (2308.02157), section 3.2"
-    name, predicts, order, jumps_at_ends = "res_3s", "x0", 3, True
+    name, predicts, order, grid = "res_3s", "x0", 3, "log_snr"
+    jumps_at_noise, jumps_at_data = True, True
 
     def step(self, x: Linear, t: float, s: float, run: Run) -> Linear:
         form = data_form()
@@ -243,6 +253,4 @@ class RES3S(Solver):
 
 
 def _scheme(order: int) -> Scheme:
-    if order not in EXPONENTIAL:
-        raise ArgumentError(f"order {order}: choose 1, 2 or 3")
-    return EXPONENTIAL[order]
+    return EXPONENTIAL[whole_number("order", order, most=3)]

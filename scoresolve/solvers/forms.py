@@ -11,9 +11,6 @@ is dy = (a x + b m) dtau + dN, where N has independent increments and no memory:
     x0     x0      alpha phi  1/phi     0, 1          sqrt((k_s/phi_s)^2 - (k_t/phi_t)^2)
     v      v       r          atan(k)   0, 1/r        0
     flow   dx/dt   1          t         0, 1          0
-    scaled x0      R          sigma/R   *             0
-
-    R = c alpha + sigma, * 1/sigma, -(alpha/sigma + 1/c): the slope is eps - x0/c.
 
 phi = k^(1 + eta^2) in the x0 form; any phi(k) for which k/phi does not grow with k gives a process
 with the same marginals. Without noise the forms are Song et al. 2020 (2010.02502), eq. 14; Lu et
@@ -26,12 +23,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from scoresolve.errors import ArgumentError, UnknownNameError
+from scipy.optimize import brentq
+
+from scoresolve.errors import UnknownNameError, real_number
 from scoresolve.plans import Linear, Run
 
-__all__ = ["FORMS", "Form", "check_eta", "data_form", "get_form", "noise_form", "scaled_form"]
+__all__ = [
+    "FORMS",
+    "Form",
+    "check_eta",
+    "data_form",
+    "get_form",
+    "noise_form",
+    "phi_form",
+    "scaled_form",
+]
 
 
 def _zero(run: Run, t: float, s: float) -> float:
@@ -58,7 +66,8 @@ class Form:
         mix: a and b at a time.
         clock_rate: dtau/dlam as a function of lam; None where it is not needed.
         std: standard deviation of N between two times.
-        ends_at_data: whether tau and the scale are finite at sigma = 0.
+        singular_at_noise, singular_at_data: whether tau or the scale is not finite at alpha = 0
+            and at sigma = 0.
     """
 
     prediction: str
@@ -68,7 +77,8 @@ class Form:
     mix: Callable[[Run, float], tuple[float, float]] = _prediction_alone
     clock_rate: Callable[[float], float] | None = None
     std: Callable[[Run, float, float], float] = _zero
-    ends_at_data: bool = True
+    singular_at_noise: bool = False
+    singular_at_data: bool = False
 
     def slope(self, run: Run, y: Linear, t: float) -> Linear:
         """a x + b m at (y, t): one network call."""
@@ -86,19 +96,21 @@ class Form:
         return std * run.noise(t, s) if std else None
 
 
-def check_eta(eta: float) -> float:
-    """A noise level as a float.
+def check_eta(eta: object, name: str = "eta") -> float:
+    """A noise level from 0 to 5 as a float; beyond, exp(eta^2 lam) has no digits left.
 
     Raises:
-        ArgumentError: it is negative or not finite.
+        ArgumentError: it is negative, above 5 or not a number.
     """
-    if not (math.isfinite(eta) and eta >= 0):
-        raise ArgumentError(f"eta = {eta}: the noise level must be a finite number >= 0")
-    return float(eta)
+    return real_number(name, eta, least=0, most=5)
 
 
 def noise_form(eta: float = 0.0) -> Form:
-    """The eps form with noise level eta >= 0."""
+    """The eps form with noise level eta in [0, 5].
+
+    Raises:
+        ArgumentError: another eta.
+    """
     factor = 1 + check_eta(eta) ** 2
 
     def std(run: Run, t: float, s: float) -> float:
@@ -113,58 +125,86 @@ def noise_form(eta: float = 0.0) -> Form:
         mix=lambda run, t: (0.0, factor),
         clock_rate=lambda lam: -math.exp(-lam),
         std=std if eta else _zero,
+        singular_at_noise=True,
     )
 
 
-def data_form(
-    eta: float = 0.0,
-    excess: Callable[[float], float] | None = None,
-    excess_rate: Callable[[float], float] | None = None,
-) -> Form:
-    """The x0 form with noise level eta >= 0, or with a function phi of one's own.
+def data_form(eta: float = 0.0) -> Form:
+    """The x0 form with noise level eta in [0, 5]: phi = k^(1 + eta^2).
 
-    Args:
-        eta: phi = k^(1 + eta^2).
-        excess: log(phi/k) as a function of lam = -log k, instead of `eta`; it falls with lam.
-        excess_rate: its derivative.
+    Raises:
+        ArgumentError: another eta.
     """
     square = check_eta(eta) ** 2
-    over = excess or (lambda lam: -square * lam if square else 0.0)
-    over_rate = excess_rate or (lambda lam: -square)
+    if square == 0:
+        return replace(
+            phi_form(lambda lam: 0.0, lambda lam: 0.0), std=_zero, singular_at_noise=False
+        )
+    return phi_form(lambda lam: -square * lam, lambda lam: -square)
+
+
+def phi_form(excess: Callable[[float], float], excess_rate: Callable[[float], float]) -> Form:
+    """The x0 form with a noise function phi(k) of one's own.
+
+    Args:
+        excess: log(phi/k) as a function of lam = -log k, not rising with lam.
+        excess_rate: its derivative.
+    """
 
     def std(run: Run, t: float, s: float) -> float:
-        before, after = (-over(run.log_snr_half(time)) for time in (t, s))
+        before, after = (-excess(run.log_snr_half(time)) for time in (t, s))
         return math.exp(after) * math.sqrt(-math.expm1(2 * (before - after)))
 
+    def time(run: Run, tau: float) -> float:
+        lam = brentq(lambda lam: lam - excess(lam) - math.log(tau), -100.0, 100.0, xtol=1e-14)
+        return run.time(lam)
+
     return Form(
         "x0",
-        scale=lambda run, t: run.sigma(t) * math.exp(over(run.log_snr_half(t))),
-        clock=lambda run, t: math.exp(run.log_snr_half(t) - over(run.log_snr_half(t))),
-        time=lambda run, tau: run.time(math.log(tau) / (1 + square)),
-        clock_rate=lambda lam: (1 - over_rate(lam)) * math.exp(lam - over(lam)),
-        std=std if square or excess else _zero,
-        ends_at_data=False,
+        scale=lambda run, t: run.sigma(t) * math.exp(excess(run.log_snr_half(t))),
+        clock=lambda run, t: math.exp(run.log_snr_half(t) - excess(run.log_snr_half(t))),
+        time=time,
+        clock_rate=lambda lam: (1 - excess_rate(lam)) * math.exp(lam - excess(lam)),
+        std=std,
+        singular_at_noise=True,
+        singular_at_data=True,
     )
 
 
-def scaled_form(c: float = 0.5) -> Form:
-    """The velocity scaled to data of standard deviation c > 0.
+def scaled_form(c: float, b: float, rate_c: float, rate_b: float) -> Form:
+    """The flow less its exact solution for data of standard deviation about c; see `scaled`.
 
-    With x/alpha = (c + k) y and tau = k/(c + k) in [0, 1], dy/dtau = eps - x0/c.
+    With Q(k; c, b) = k^2 + 2 b c k + c^2: y = x/(alpha sqrt(Q(k; c, b))) and
+    dtau/dk = rate_c/Q(k; rate_c, rate_b). Regular at alpha = 0 and sigma = 0.
+
+    Args:
+        c, rate_c: levels of sigma/alpha, > 0.
+        b, rate_b: bends, in [0, 1).
     """
-    if not 0 < c < math.inf:
-        raise ArgumentError(f"c = {c}: the scale of the data is a positive number")
+    width = math.sqrt(1 - rate_b**2)
+    angle_0 = math.atan(rate_b / width)
 
-    def scale(run: Run, t: float) -> float:
-        return c * run.alpha(t) + run.sigma(t)
+    def size(run: Run, t: float) -> float:
+        alpha, sigma = run.alpha(t), run.sigma(t)
+        return math.sqrt(sigma**2 + 2 * b * c * alpha * sigma + (c * alpha) ** 2)
 
-    return Form(
-        "x0",
-        scale=scale,
-        clock=lambda run, t: run.sigma(t) / scale(run, t),
-        time=lambda run, tau: run.time(math.log((1 - tau) / (c * tau))),
-        mix=lambda run, t: (1 / run.sigma(t), -run.alpha(t) / run.sigma(t) - 1 / c),
-    )
+    def clock(run: Run, t: float) -> float:
+        side, height = rate_c * run.alpha(t), run.sigma(t)
+        return (math.atan2(height + rate_b * side, width * side) - angle_0) / width
+
+    def time(run: Run, tau: float) -> float:
+        return run.time(-math.log(rate_c * (width * math.tan(width * tau + angle_0) - rate_b)))
+
+    def mix(run: Run, t: float) -> tuple[float, float]:
+        alpha, sigma, r = run.alpha(t), run.sigma(t), size(run, t)
+        q = sigma**2 + 2 * rate_b * rate_c * alpha * sigma + (rate_c * alpha) ** 2
+        return c * (c * alpha + b * sigma) * q / (rate_c * sigma * r**3), -q / (rate_c * sigma * r)
+
+    def clock_rate(lam: float) -> float:
+        k = math.exp(-lam)
+        return -rate_c * k / (rate_c**2 + 2 * rate_b * rate_c * k + k**2)
+
+    return Form("x0", size, clock, time, mix, clock_rate)
 
 
 def _radius(run: Run, t: float) -> float:

@@ -13,9 +13,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from scoresolve.errors import ArgumentError
+from scoresolve.errors import ArgumentError, UnknownNameError, real_number, whole_number
 from scoresolve.plans import Linear, Run
-from scoresolve.solvers.adams import Adams, ExponentialAdams
+from scoresolve.solvers.adams import Adams, ExponentialAdams, exponential_form, midpoint_weights
 from scoresolve.solvers.base import Solver
 from scoresolve.solvers.forms import Form, get_form
 
@@ -55,9 +55,7 @@ class DPMSolverPP(ExponentialAdams):
     source = "Lu et al. 2022 (2211.01095), algorithm 2"
 
     def __init__(self, order: int = 2, start: str = "matched") -> None:
-        if order not in (1, 2, 3):
-            raise ArgumentError(f"DPM-Solver++ of order {order}: choose 1, 2 or 3")
-        super().__init__(order, "x0", start)
+        super().__init__(whole_number("order", order, most=3), "x0", start)
         self.name = f"dpmpp_{order}m"
 
     def predictor_weights(
@@ -65,10 +63,7 @@ class DPMSolverPP(ExponentialAdams):
     ) -> list[float]:
         if self.nodes != 2 or len(nodes) != 2:
             return super().predictor_weights(run, form, nodes, t, s)
-        before, now, after = (run.log_snr_half(time) for time in (*nodes, s))
-        length = form.clock(run, s) - form.clock(run, t)
-        extra = length * (after - now) / (now - before) / 2
-        return [-extra, length + extra]
+        return midpoint_weights(run, form, nodes, s)
 
 
 class UniPC(Adams):
@@ -107,11 +102,13 @@ class UniPC(Adams):
         correct: bool = True,
         start: str = "matched",
     ) -> None:
-        if order not in (1, 2, 3, 4) or variant not in ("bh1", "bh2"):
-            raise ArgumentError(f"UniPC of order {order}, {variant!r}: 1 to 4, 'bh1' or 'bh2'")
-        super().__init__(order, get_form(form), "log_snr", order + 1 if correct else None, start)
+        order = whole_number("order", order, most=4)
+        if variant not in ("bh1", "bh2"):
+            raise UnknownNameError("variant", variant, ("bh1", "bh2"))
+        super().__init__(
+            order, exponential_form(form), "log_snr", order + 1 if correct else None, start
+        )
         self.variant = variant
-        self.jumps_at_ends = True
         settings = (str(order), variant, form)
         usual = ("3", "bh1", "x0")
         parts = (value for value, default in zip(settings, usual, strict=True) if value != default)
@@ -161,12 +158,12 @@ class IPNDM(Solver):
         Zhang and Chen 2023 (2204.13902), appendix B.4.
     """
 
-    predicts, grid, source = "eps", "karras", "Zhang and Chen 2023 (2204.13902), appendix B.4"
+    predicts, grid, jumps_at_noise, remembers = "eps", "karras", True, True
+    source = "Zhang and Chen 2023 (2204.13902), appendix B.4"
 
     def __init__(self, order: int = 4) -> None:
-        if order not in (1, 2, 3, 4):
-            raise ArgumentError(f"iPNDM of order {order}: choose 1 to 4")
-        self.terms, self.order = order, min(order, 2)
+        self.terms = whole_number("order", order, most=4)
+        self.order = min(self.terms, 2)
         self.name = "ipndm" if order == 4 else f"ipndm_{order}"
 
     def step(self, x: Linear, t: float, s: float, run: Run) -> Linear:
@@ -192,7 +189,8 @@ class PNDM(Solver):
         Liu et al. 2022 (2202.09778), eq. 9 to 13, algorithm 2.
     """
 
-    predicts, order, grid, source = "eps", 2, "karras", "Liu et al. 2022 (2202.09778), algorithm 2"
+    predicts, order, grid, jumps_at_noise, remembers = "eps", 2, "karras", True, True
+    source = "Liu et al. 2022 (2202.09778), algorithm 2"
 
     def __init__(self, start: str = "runge_kutta") -> None:
         if start not in ("runge_kutta", "plms"):
@@ -224,17 +222,21 @@ class GradientEstimation(Solver):
     Args:
         gamma: the push, 1 is DDIM.
 
+    Raises:
+        ArgumentError: `gamma` is no finite number.
+
     Source:
         Permenter and Yuan 2023 (2306.04848), eq. 13 and algorithm 2.
     """
 
     name, predicts, order = "gradient_estimation", "eps", 1
+    jumps_at_noise, remembers = True, True
     source = "Permenter and Yuan 2023 (2306.04848), algorithm 2"
 
     def __init__(self, gamma: float = 2.0) -> None:
-        if not math.isfinite(gamma):
-            raise ArgumentError(f"gamma = {gamma}: give a finite number")
-        self.gamma = gamma
+        self.gamma = real_number("gamma", gamma)
+        if gamma != 2:
+            self.name = f"gradient_estimation(gamma={gamma:g})"
 
     def step(self, x: Linear, t: float, s: float, run: Run) -> Linear:
         e = run.predict(x, t)

@@ -33,6 +33,7 @@ from scoresolve.solvers.integrator import Integrator
 from scoresolve.solvers.multistep import IPNDM, PNDM, DPMSolverPP, GradientEstimation, UniPC
 from scoresolve.solvers.renoising import Churn, Consistency, Resampling, Restart
 from scoresolve.solvers.runge_kutta import RungeKutta
+from scoresolve.solvers.scaled import ScaledAdams
 from scoresolve.solvers.stochastic import (
     DDIM,
     DDPM,
@@ -49,6 +50,7 @@ __all__ = ["ALIASES", "REGISTRY", "get_solver", "nfe_rule", "noise_rule"]
 _EPS = {"eps": "", **{form: f"_{form}" for form in FORMS if form != "eps"}}
 
 REGISTRY: dict[str, Callable[[], Solver | Integrator]] = {
+    "auto": ScaledAdams,
     **{
         f"{method}{suffix}": partial(RungeKutta, method, form)
         for method in ("euler", "midpoint", "heun", "rk4")
@@ -58,6 +60,7 @@ REGISTRY: dict[str, Callable[[], Solver | Integrator]] = {
         f"ab{order}{suffix}": partial(AdamsBashforth, order, form)
         for order in (2, 3, 4)
         for form, suffix in _EPS.items()
+        if form != "x0"  # a polynomial in alpha/sigma: unstable, see `eab2` to `eab4`
     },
     **{f"eab{order}": partial(ExponentialAdams, order) for order in (2, 4)},
     "ddim": DDIM,
@@ -89,7 +92,7 @@ REGISTRY: dict[str, Callable[[], Solver | Integrator]] = {
     "dpmpp_3m_sde": partial(SDEDPMSolverPP, 3),
     **{f"seeds_{stages}": partial(SEEDS, stages) for stages in (1, 2, 3)},
     "sa_solver": SASolver,
-    **{f"sa_solver_{order}": partial(SASolver, order) for order in (1, 2)},
+    **{f"sa_solver_{order}": partial(SASolver, order) for order in (1, 2, 4)},
     "er_sde": ERSDE,
     **{f"er_sde_{order}": partial(ERSDE, order) for order in (1, 2)},
     "euler_maruyama": EulerMaruyama,
@@ -129,9 +132,16 @@ ALIASES = {
     "eab3": "dpmpp_3m",
     "dpmpp_1s_sde": "ddpm",
     "euler_ancestral": "ddpm",
-    "ancestral": "ddpm_forward",
+    "ancestral_vp": "ddpm_forward",
+    "ancestral_ve": "ddpm",
     "edm_heun": "heun",
     "lcm": "consistency",
+    "ipndm_1": "ddim",
+    "ipndm_4": "ipndm",
+    "lms_1": "ddim",
+    "ipndm_v_1": "ddim",
+    "ipndm_v_4": "ab4",
+    "res_multistep": "eab2",
     "er_sde_3": "er_sde",
     "sa_solver_3": "sa_solver",
     "uni_pc_3": "uni_pc",
@@ -157,14 +167,18 @@ def get_solver(solver: str | Solver | Integrator) -> Solver | Integrator:
 
 
 def nfe_rule(solver: Solver | Integrator) -> str:
-    """Network calls as a function of the steps n, read off traced plans: "2n", "n + 1", ..."""
+    """Network calls as a function of the steps n, read off traced plans: "2n", "n + 1", ...
+
+    The rule is that of grids of 30 steps; below 24 steps multistep methods start without extra
+    calls.
+    """
     if isinstance(solver, Integrator):
         return "chosen at run time"
-    counts = [trace(solver, VP(), make_grid("uniform", VP(), n).times).nfe for n in (6, 7, 8)]
+    counts = [trace(solver, VP(), make_grid("uniform", VP(), n).times).nfe for n in (30, 31, 32)]
     slope = counts[2] - counts[1]
     if counts[1] - counts[0] != slope:
         return "depends on the grid"
-    rest = counts[0] - 6 * slope
+    rest = counts[0] - 30 * slope
     sign = "+" if rest > 0 else "-"
     return f"{slope if slope > 1 else ''}n" + (f" {sign} {abs(rest)}" if rest else "")
 

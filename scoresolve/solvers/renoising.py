@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 
-from scoresolve.errors import ArgumentError, whole_number
+from scoresolve.errors import ArgumentError, real_number, whole_number
 from scoresolve.plans import Linear, Run
 from scoresolve.solvers.base import Solver
 from scoresolve.solvers.forms import get_form
@@ -41,7 +41,7 @@ class Churn(Solver):
         Karras et al. 2022 (2206.00364), algorithm 2.
     """
 
-    name, predicts, order, stochastic = "edm_churn", "eps", 2, True
+    name, predicts, order, stochastic, jumps_at_noise = "edm_churn", "eps", 2, True, True
     source = "Karras et al. 2022 (2206.00364), algorithm 2"
 
     def __init__(
@@ -51,23 +51,20 @@ class Churn(Solver):
         high: float = 50.0,
         inflation: float = 1.0,
     ) -> None:
-        if not (churn >= 0 and 0 <= low <= high and inflation > 0):
-            raise ArgumentError(
-                f"churn = {churn}, low = {low}, high = {high}, inflation = {inflation}: "
-                "need churn >= 0, 0 <= low <= high and inflation > 0"
-            )
-        self.churn, self.low, self.high, self.inflation = churn, low, high, inflation
+        self.churn = real_number("churn", churn, least=0)
+        self.low = real_number("low", low, least=0)
+        self.high = real_number("high", high, above=self.low)
+        self.inflation = real_number("inflation", inflation, above=0)
 
     def step(self, x: Linear, t: float, s: float, run: Run) -> Linear:
         form, level = get_form("eps"), math.exp(-run.log_snr_half(t))
         y = x / form.scale(run, t)
         if self.low <= level <= self.high:
-            gamma = min(self.churn / (len(run.times) - 1), math.sqrt(2) - 1)
-            top = math.exp(-run.log_snr_half(run.times[0]))
-            raised = min(level * (1 + gamma), top)
-            if raised > level:
-                std = self.inflation * math.sqrt(raised**2 - level**2)
-                t, y = form.time(run, raised), y + std * run.noise(t, t)
+            room = math.expm1(run.log_snr_half(t) - run.log_snr_half(run.times[0]))
+            gamma = min(self.churn / (len(run.times) - 1), math.sqrt(2) - 1, room)
+            if gamma > 0:
+                std = self.inflation * level * math.sqrt(gamma * (2 + gamma))
+                t, y = form.time(run, level * (1 + gamma)), y + std * run.noise(t, t)
         if run.sigma(s) == 0:
             return run.jump(form.scale(run, t) * y, t, s)
         y, _ = advance(HEUN, form, y, t, s, run)
@@ -91,16 +88,15 @@ class Restart(Solver):
     """
 
     name, predicts, order, stochastic = "restart", "eps", 2, True
+    jumps_at_noise, jumps_at_data = True, True
     source = "Xu et al. 2023 (2306.14878), algorithm 1"
 
     def __init__(self, low: float = 0.3, high: float = 1.0, repeats: int = 2) -> None:
-        if not 0 < low < high:
-            raise ArgumentError(f"low = {low}, high = {high}: need 0 < low < high")
-        self.low, self.high, self.repeats = low, high, whole_number("repeats", repeats)
+        self.low = real_number("low", low, above=0)
+        self.high = real_number("high", high, above=self.low)
+        self.repeats = whole_number("repeats", repeats)
 
     def step(self, x: Linear, t: float, s: float, run: Run) -> Linear:
-        if run.sigma(s) == 0:
-            return run.jump(x, t, s)
         form = get_form("eps")
         y, _ = advance(HEUN, form, x / form.scale(run, t), t, s, run)
 
@@ -125,23 +121,31 @@ class Restart(Solver):
 class Resampling(Solver):
     """RePaint's resampling: each step is taken several times, with noise back up in between.
 
+    The last step is taken once.
+
     Args:
-        solver: a fixed-grid solver of one step; steps of several would remember undone ones.
+        solver: a fixed-grid solver of one step; one of several would remember undone ones.
         times: how often each step is taken, >= 1.
+
+    Raises:
+        ArgumentError: the solver is none, or of several steps.
 
     Source:
         Lugmayr et al. 2022 (2201.09865), algorithm 1.
     """
 
     def __init__(self, solver: Solver, times: int = 10) -> None:
+        if not isinstance(solver, Solver) or solver.remembers:
+            raise ArgumentError(f"{solver!r} cannot take a step again: give a solver of one step")
         self.solver, self.times = solver, whole_number("times", times)
         self.predicts, self.order, self.stochastic = solver.predicts, solver.order, True
-        self.jumps_at_ends = solver.jumps_at_ends
+        self.jumps_at_noise, self.jumps_at_data = solver.jumps_at_noise, solver.jumps_at_data
+        self.grid = solver.grid
         self.name = "repaint" if solver.name == "ddpm" else f"repaint({solver.name})"
         self.source = f"Lugmayr et al. 2022 (2201.09865), algorithm 1; {solver.source}"
 
     def step(self, x: Linear, t: float, s: float, run: Run) -> Linear:
-        for again in range(self.times):
+        for again in range(1 if run.last else self.times):
             if again:
                 scale, std = run.transition(s, t)
                 x = scale * x + std * run.noise(t, t)

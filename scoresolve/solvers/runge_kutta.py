@@ -58,7 +58,7 @@ _TABLEAUS = {tableau.name: tableau for tableau in (EULER, MIDPOINT, HEUN, KUTTA3
 def advance(
     tableau: Tableau, form: Form, y: Linear, t: float, s: float, run: Run
 ) -> tuple[Linear, Linear]:
-    """One step of the method on y; also the slope at t."""
+    """One step of the method on y from t to s; the new y, and the slope at t."""
     start, h = form.clock(run, t), form.clock(run, s) - form.clock(run, t)
     slopes: list[Linear] = []
     for c, row in zip(tableau.c, tableau.a, strict=True):
@@ -78,6 +78,10 @@ class RungeKutta(Solver):
 
     Raises:
         UnknownNameError: no such method or form.
+
+    Source:
+        Hairer, Norsett and Wanner 1993, II.1; in eps form "heun" is that of Karras et al. 2022
+        (2206.00364), algorithm 1.
     """
 
     def __init__(self, method: str = "heun", form: str = "eps") -> None:
@@ -87,6 +91,8 @@ class RungeKutta(Solver):
         self.name = method if form == "eps" else f"{method}_{form}"
         self.predicts, self.order = self.form.prediction, self.tableau.order
         self.source = self.tableau.source
+        self.jumps_at_noise = self.form.singular_at_noise
+        self.jumps_at_data = self.form.singular_at_data
         self.grid = {"eps": "karras", "x0": "log_snr"}.get(form, "flow")
 
     def step(self, x: Linear, t: float, s: float, run: Run) -> Linear:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from scoresolve.errors import ArgumentError
+from scoresolve.errors import ArgumentError, real_number
 from scoresolve.plans import Linear, Run
 from scoresolve.solvers.base import Solver
 from scoresolve.solvers.forms import check_eta
@@ -49,7 +49,8 @@ class DDIM(Solver):
         if not self.eta:
             return run.alpha(s) * x0 + run.sigma(s) * eps
         c = self.eta * run.sigma(s) * run.transition(s, t)[1] / run.sigma(t)
-        kept = math.sqrt(run.sigma(s) ** 2 - c**2)
+        snr_ratio = math.exp(2 * (run.log_snr_half(t) - run.log_snr_half(s)))
+        kept = run.sigma(s) * math.sqrt(1 - self.eta**2 + self.eta**2 * snr_ratio)
         return run.alpha(s) * x0 + kept * eps + c * run.noise(t, s)
 
 
@@ -69,7 +70,7 @@ class DDPM(Solver):
         Ho et al. 2020 (2006.11239), eq. 7 and section 3.2.
     """
 
-    predicts, order, stochastic = "x0", 1, True
+    predicts, order, stochastic, jumps_at_data = "x0", 1, True, True
     source = "Ho et al. 2020 (2006.11239), eq. 7 and section 3.2"
 
     def __init__(self, variance: str = "posterior") -> None:
@@ -93,13 +94,16 @@ class EulerMaruyama(Solver):
         x_s = x_t + (s - t) [f - (1 + eta^2)/2 g^2 score] + eta g sqrt(t - s) z.
 
     Args:
-        eta: noise level; 1 is the reverse SDE, 0 Euler on the probability flow.
+        eta: noise level in [0, 5]; 1 is the reverse SDE, 0 Euler on the probability flow.
+
+    Raises:
+        ArgumentError: another eta.
 
     Source:
         Song et al. 2021 (2011.13456), eq. 6; Zhang and Chen 2023 (2204.13902), eq. 6.
     """
 
-    predicts, order = "score", 1
+    predicts, order, jumps_at_noise = "score", 1, True
     source = "Song et al. 2021 (2011.13456), eq. 6"
 
     def __init__(self, eta: float = 1.0) -> None:
@@ -121,13 +125,16 @@ class StochasticHeun(Solver):
         x_s = x_t + (s - t)/2 [d(x_t, t) + d(x', s)] + noise.
 
     Args:
-        eta: noise level; 1 is the reverse SDE, 0 Heun on the probability flow.
+        eta: noise level in [0, 5]; 1 is the reverse SDE, 0 Heun on the probability flow.
+
+    Raises:
+        ArgumentError: another eta.
 
     Source:
         Kloeden and Platen 1992, section 15.1 (simplified for additive noise).
     """
 
-    predicts, order = "score", 2
+    predicts, order, jumps_at_noise, grid = "score", 2, True, "karras"
     source = "Kloeden and Platen 1992, section 15.1"
 
     def __init__(self, eta: float = 1.0) -> None:
@@ -166,6 +173,7 @@ class ReverseDiffusion(Solver):
     """
 
     name, predicts, order, stochastic = "reverse_diffusion", "score", 1, True
+    jumps_at_data = True
     source = "Song et al. 2021 (2011.13456), eq. 46"
 
     def step(self, x: Linear, t: float, s: float, run: Run) -> Linear:
@@ -178,10 +186,16 @@ class FlowSDE(Solver):
 
         dx = [u - w^2/2 score] dt + w dw backward in time,   u = E[dx/dt | x],
 
-    so that w = g is the reverse SDE and w = 0 the flow. Regular at alpha = 0, where g is not.
+    so that w = g is the reverse SDE and w = 0 the flow. The default is regular at both ends,
+
+        w^2 = g^2 alpha^2/(alpha^2 + sigma^2),   which for the rectified flow is
+        2 alpha sigma/(alpha^2 + sigma^2).
 
     Args:
-        level: w as a function of alpha and sigma; sigma if omitted.
+        level: w as a function of time, finite and >= 0.
+
+    Raises:
+        ArgumentError: `level` is no function, or on tracing, it returns no such number.
 
     Source:
         Albergo et al. 2023 (2303.08797), corollary 18; Ma et al. 2024 (2401.08740), eq. 5.
@@ -190,12 +204,21 @@ class FlowSDE(Solver):
     name, predicts, order, stochastic = "flow_sde", "x0", 1, True
     source = "Albergo et al. 2023 (2303.08797), corollary 18"
 
-    def __init__(self, level: Callable[[float, float], float] | None = None) -> None:
-        self.level = level or (lambda alpha, sigma: sigma)
+    def __init__(self, level: Callable[[float], float] | None = None) -> None:
+        if level is not None and not callable(level):
+            raise ArgumentError(f"level = {level!r}: give a function of time")
+        self.level = level
+        if level is not None:
+            self.name = "flow_sde(level)"
 
     def step(self, x: Linear, t: float, s: float, run: Run) -> Linear:
-        x0, (alpha_dot, sigma_dot) = run.predict(x, t), run.rates(t)
-        eps = (x - run.alpha(t) * x0) / run.sigma(t)
-        w = self.level(run.alpha(t), run.sigma(t))
-        drift = alpha_dot * x0 + sigma_dot * eps + w**2 / (2 * run.sigma(t)) * eps
+        alpha, sigma, (alpha_dot, sigma_dot) = run.alpha(t), run.sigma(t), run.rates(t)
+        if self.level is None:
+            w = math.sqrt(2 * alpha * sigma * (alpha * sigma_dot - sigma * alpha_dot))
+            w /= math.hypot(alpha, sigma)
+        else:
+            w = real_number("level", self.level(t), least=0)
+        x0 = run.predict(x, t)
+        eps = (x - alpha * x0) / sigma
+        drift = alpha_dot * x0 + sigma_dot * eps + w**2 / (2 * sigma) * eps
         return x + (s - t) * drift + w * math.sqrt(abs(t - s)) * run.noise(t, s)

@@ -11,10 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from scoresolve.errors import ArgumentError
+from scoresolve.errors import ArgumentError, UnknownNameError, real_number, whole_number
 from scoresolve.plans import Run
-from scoresolve.solvers.adams import Adams
-from scoresolve.solvers.forms import Form, check_eta, data_form
+from scoresolve.solvers.adams import Adams, midpoint_weights
+from scoresolve.solvers.forms import Form, check_eta, data_form, phi_form
 
 __all__ = ["ERSDE", "GDDIM", "SASolver", "SDEDPMSolverPP"]
 
@@ -34,10 +34,11 @@ class SDEDPMSolverPP(Adams):
     Args:
         order: 2 or 3.
         variant: "midpoint" or "heun", of order 2.
-        eta: noise level, > 0; 1 is the reverse SDE. Elsewhere eta^2 is called eta.
+        eta: noise level, in (0, 5]; 1 is the reverse SDE. Elsewhere eta^2 is called eta.
 
     Raises:
-        ArgumentError: another order or variant, or eta is not positive.
+        ArgumentError: another order or eta, or the heun variant of order 3.
+        UnknownNameError: another variant.
 
     Source:
         Lu et al. 2022 (2211.01095), section 5 and eq. 19, with a noise level.
@@ -47,14 +48,15 @@ class SDEDPMSolverPP(Adams):
     stochastic = True
 
     def __init__(self, order: int = 2, variant: str = "midpoint", eta: float = 1.0) -> None:
-        if order not in (2, 3) or variant not in ("midpoint", "heun") or not eta > 0:
-            raise ArgumentError(
-                f"order = {order}, variant = {variant!r}, eta = {eta}: give 2 or 3, 'midpoint' or "
-                "'heun', and eta > 0"
-            )
-        super().__init__(order, data_form(eta), "log_snr", start="graded")
-        self.variant, self.jumps_at_ends = variant, True
-        suffix = "_heun" if (order, variant) == (2, "heun") else ""
+        order = whole_number("order", order, least=2, most=3)
+        if variant not in ("midpoint", "heun"):
+            raise UnknownNameError("variant", variant, ("midpoint", "heun"))
+        if (order, variant) == (3, "heun"):
+            raise ArgumentError("variant = 'heun' is of order 2: order 3 has the exact integral")
+        form = data_form(real_number("eta", eta, above=0))
+        super().__init__(order, form, "log_snr", start="graded")
+        self.variant = variant
+        suffix = "_heun" * (variant == "heun") + ("" if eta == 1 else f"(eta={eta:g})")
         self.name = f"dpmpp_{order}m_sde{suffix}"
 
     def predictor_weights(
@@ -62,10 +64,7 @@ class SDEDPMSolverPP(Adams):
     ) -> list[float]:
         if len(nodes) != 2 or self.variant == "heun" or self.nodes == 3:
             return super().predictor_weights(run, form, nodes, t, s)
-        before, now, after = (run.log_snr_half(time) for time in (*nodes, s))
-        length = form.clock(run, s) - form.clock(run, t)
-        extra = length * (after - now) / (now - before) / 2
-        return [-extra, length + extra]
+        return midpoint_weights(run, form, nodes, s)
 
 
 class SASolver(Adams):
@@ -75,17 +74,16 @@ class SASolver(Adams):
         order: of the predictor, 1 to 4.
         corrector: predictions that the corrector takes, `order` or one more; 0 for no corrector;
             one more if omitted.
-        tau: noise level, a number or a function of sigma/alpha, read at the start of each step.
+        tau: noise level in [0, 5], or a function of sigma/alpha, read at the start of each step.
 
     Raises:
-        ArgumentError: another order or corrector, or a negative tau.
+        ArgumentError: another order, corrector or tau.
 
     Source:
         Xue et al. 2023 (2309.05019), eq. 14 and 17, algorithm 1.
     """
 
     source = "Xue et al. 2023 (2309.05019), algorithm 1"
-    stochastic = True
 
     def __init__(
         self,
@@ -93,13 +91,15 @@ class SASolver(Adams):
         corrector: int | None = None,
         tau: float | Callable[[float], float] = 1.0,
     ) -> None:
+        order = whole_number("order", order, most=4)
         self.tau = tau if callable(tau) else None
+        self.stochastic = callable(tau) or check_eta(tau, "tau") > 0
         first = data_form(1.0 if callable(tau) else tau)
         slopes = order + 1 if corrector is None else corrector or None
         super().__init__(order, first, "log_snr", slopes, start="graded")
-        self.jumps_at_ends = True
         self.order = min(order, 2)
-        self.name = "sa_solver" if order == 3 else f"sa_solver_{order}"
+        suffix = "(tau(k))" if callable(tau) else "" if tau == 1 else f"(tau={tau:g})"
+        self.name = ("sa_solver" if order == 3 else f"sa_solver_{order}") + suffix
 
     def form_at(self, run: Run, t: float) -> Form:
         if self.tau is None:
@@ -129,16 +129,15 @@ class ERSDE(Adams):
     stochastic = True
 
     def __init__(self, order: int = 3) -> None:
-        if order not in (1, 2, 3):
-            raise ArgumentError(f"ER-SDE of order {order}: choose 1, 2 or 3")
-        form = data_form(excess=_excess, excess_rate=_excess_rate)
+        order = whole_number("order", order, most=3)
+        form = phi_form(_excess, _excess_rate)
         super().__init__(order, form, "sigma", start="graded")
-        self.jumps_at_ends = True
         self.name = "er_sde" if order == 3 else f"er_sde_{order}"
 
 
 def _excess(lam: float) -> float:
-    return math.log(math.exp(math.exp(-0.3 * lam)) + 10)
+    power = math.exp(-0.3 * lam)
+    return power + math.log1p(10 * math.exp(-power))
 
 
 def _excess_rate(lam: float) -> float:
@@ -152,7 +151,10 @@ class GDDIM(Adams):
         x_s = alpha_s x0 + sigma_s (exp(-eta^2 h) eps + sqrt(1 - exp(-2 eta^2 h)) z).
 
     Args:
-        eta: noise level (lambda of the paper), > 0.
+        eta: noise level (lambda of the paper), in (0, 5]; with 0 it would be DDIM.
+
+    Raises:
+        ArgumentError: another eta.
 
     Source:
         Zhang et al. 2022 (2206.05564), theorem 1 and eq. 24 for a scalar process.
@@ -162,8 +164,6 @@ class GDDIM(Adams):
     stochastic = True
 
     def __init__(self, eta: float = 1.0) -> None:
-        if not check_eta(eta):
-            raise ArgumentError("gDDIM with eta = 0 is DDIM: give eta > 0, or use 'ddim'")
+        real_number("eta", eta, above=0)
         super().__init__(1, data_form(eta), "log_snr")
-        self.jumps_at_ends = True
         self.name = "gddim" if eta == 1 else f"gddim(eta={eta:g})"

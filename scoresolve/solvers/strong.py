@@ -23,7 +23,8 @@ __all__ = ["SRA1", "ShARK"]
 
 
 class _Strong(Solver):
-    predicts, order, stochastic, jumps_at_ends, grid = "x0", 2, True, True, "log_snr"
+    predicts, order, stochastic, grid = "x0", 2, True, "log_snr"
+    jumps_at_noise, jumps_at_data = True, True
     node: float
     weights: tuple[float, float]
     areas: tuple[float, float]

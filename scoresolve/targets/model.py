@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from scoresolve.errors import ArgumentError, ShapeError, UnknownNameError
-from scoresolve.models import PREDICTIONS, Model
+from scoresolve.models import PREDICTIONS, Model, scale_of_data
 from scoresolve.sde import SDE, GaussianSDE, TimeLike, as_time
 from scoresolve.targets.covariance import Covariance, Number, is_timed
 
@@ -168,6 +169,15 @@ class MixtureModel(Model):
                 f"the marginals of {sde} are not known in closed form: give a Gaussian process"
             )
         self.components, self.sde = components, sde
+
+    @cached_property
+    def data_scale(self) -> float:  # type: ignore[override]
+        """About the noise level sigma/alpha at which the mixture's modes part."""
+        parts, weights = self.components, self.components.log_weights.exp()
+        spread = parts.means - weights @ parts.means
+        within = parts.covariance.average(weights, parts.means).diagonal()
+        variance = (within + weights @ spread.square()).mean()
+        return scale_of_data(math.sqrt(float(variance)), parts.means.shape[1])
 
     def on(self, sde: SDE) -> Model:
         return self if sde == self.sde else MixtureModel(self.components, sde)
