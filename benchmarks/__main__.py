@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import click
 import torch
 
 import scoresolve
-from benchmarks import conditioning, likelihood, overhead, tracing
+from benchmarks import conditioning, likelihood, nfe, overhead, tracing
+from benchmarks.peers import versions
 
 BENCHMARKS: dict[str, Callable[[], list[dict[str, object]]]] = {
     "conditioning": conditioning.measure,
     "likelihood": likelihood.measure,
+    "nfe": nfe.measure,
+    "nfe_full": partial(nfe.measure, full=True),
     "overhead": overhead.measure,
     "tracing": tracing.measure,
 }
@@ -38,6 +42,7 @@ def main(name: str, out: Path | None) -> None:
             "torch": torch.__version__,
             "python": platform.python_version(),
             "cpu": platform.processor() or platform.machine(),
+            **versions(),
         }
         out.write_text(json.dumps({"benchmark": name, "machine": machine, "rows": rows}, indent=2))
 

@@ -205,7 +205,8 @@ class NetworkModel(Model):
     """A network together with what it predicts.
 
     Args:
-        net: callable `net(x, t, **cond)` returning the prediction, shape of `x`.
+        net: callable `net(x, t, **cond)` returning the prediction, shape of `x`; its attribute
+            `data_scale`, if it has one, becomes the model's.
         sde: its process; None for a plain score that is at home in any process.
         prediction: one of `PREDICTIONS`.
 
@@ -223,6 +224,7 @@ class NetworkModel(Model):
                 "give the score"
             )
         self.net, self.sde, self.prediction = net, sde, prediction
+        self.data_scale = getattr(net, "data_scale", None)
 
     def native(self, x: Tensor, t: TimeLike, **cond: Any) -> Tensor:
         """The network's own prediction at `x` [B, *event] and `t` [] or [B], in `x`'s dtype.

@@ -1,0 +1,64 @@
+"""azula: x itself, with alpha and sigma as a schedule, and a denoiser that returns a posterior."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.peers.base import Noise, Peer, normals
+from scoresolve.models import Model
+from scoresolve.sde import GaussianSDE
+
+__all__ = ["peers"]
+
+
+def _azula_run(
+    sampler: str,
+    options: dict[str, Any],
+    model: Model,
+    sde: GaussianSDE,
+    times: Sequence[float],
+    x: Tensor,
+    noise: Noise | None,
+) -> Tensor:
+    denoise, sample = (importlib.import_module(f"azula.{name}") for name in ("denoise", "sample"))
+    grid = torch.tensor([float(t) for t in times], dtype=torch.float64)
+
+    class Ours(denoise.Denoiser):  # type: ignore[name-defined, misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.schedule = lambda t: (sde.alpha(t), sde.sigma(t))
+
+        def forward(self, x_t: Tensor, t: Tensor) -> Any:
+            return denoise.DiracPosterior(mean=model.predict("x0", x_t, t))
+
+    kind = getattr(sample, sampler)
+    gridded = type(sampler, (kind,), {"timesteps": property(lambda self: grid)})
+    with normals(noise):
+        out: Tensor = gridded(Ours(), silent=True, **options)(x)
+    return out
+
+
+def _azula(
+    name: str, sampler: str, stochastic: bool = False, repeats: str = "", **options: Any
+) -> Peer:
+    run = partial(_azula_run, f"{sampler}Sampler", options)
+    return Peer("azula", name, run, stochastic, repeats=repeats)
+
+
+def peers() -> list[Peer]:
+    families = ("zAB", "vAB", "zEAB", "xEAB", "REAB")
+    return [
+        _azula("euler", "Euler", repeats="k-diffusion euler"),
+        _azula("heun", "Heun", repeats="k-diffusion heun"),
+        _azula("ddim", "DDIM", repeats="k-diffusion euler"),
+        *(_azula(f"{family}{p}", family, order=p) for family in families for p in (2, 3, 4)),
+        _azula("ddpm", "DDPM", True),
+        _azula("ddim(eta=0.5)", "DDIM", True, eta=0.5),
+        _azula("ito", "Ito", True),
+    ]
