@@ -34,7 +34,7 @@ class ScaledAdams(Adams):
 
     Args:
         order: slopes of the predictor, 2 to 5, and of the corrector. If omitted, both follow from
-            the number of steps n: 2 and 3 up to n = 6, 3 and 4 up to 12, 4 and 4 up to 24, then
+            the number of steps n: 2 and 3 up to n = 6, 3 and 4 up to 12, 4 and 4 up to 17, then
             5 and 5.
         scale: noise level sigma/alpha at which the modes of the data part; `scale_of_data` has an
             estimate. If omitted, that of the model (`Model.data_scale`), or 1 if it has none.
@@ -76,7 +76,7 @@ class ScaledAdams(Adams):
         steps = len(run.times) - 1
         if steps <= 12:
             return (2, 3) if steps <= 6 else (3, 4)
-        return (4, 4) if steps <= 24 else (5, 5)
+        return (4, 4) if steps <= 17 else (5, 5)
 
     def scaled(self, scale: float | None) -> Solver:
         order, given, start = self.settings
