@@ -154,7 +154,9 @@ def test_dpmpp_sde_with_independent_noises_falls_to_order_one() -> None:
 
 def test_k_diffusion_3m_sde_starts_with_a_multiple_of_the_variance_and_has_order_two() -> None:
     sde, run = EDM(), peer("k-diffusion dpmpp_3m_sde", EDM())
-    assert variance_of(run, sde, ss.make_grid("karras", sde, 10).times) > 4.0
+    coarse = ss.make_grid("karras", sde, 10).times
+    assert variance_of(run, sde, coarse) > 4.0
+    assert abs(variance_of(our("dpmpp_3m_sde", sde), sde, coarse) - 1) < 0.5
     steps = (80, 160, 320)
     found = errors(run, sde, steps)
     assert slope(found, steps) == pytest.approx(2.0, abs=0.2)
@@ -174,7 +176,7 @@ def test_diffusers_sde_solver_of_order_three_is_worse_than_order_two() -> None:
     assert slope(third, steps) < 1.3
     two, three = (errors(our(f"dpmpp_{k}m_sde", VP()), VP(), steps) for k in (2, 3))
     assert three[-1] < two[-1]
-    assert slope(three, steps) > 1.8
+    assert slope(three[-2:], steps[-2:]) > 1.8
 
 
 def test_stochastic_flow_matching_converges_to_half_the_variance() -> None:

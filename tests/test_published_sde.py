@@ -176,40 +176,51 @@ def dpmpp_2m_sde(kind: str) -> Reference:
     return loop
 
 
-def dpmpp_3m_sde(published: bool) -> Reference:
-    """k-diffusion, eta = 1.
-
-    D2 is half the second derivative, so its term is 2 phi_3, as in the library; `published` has
-    phi_3, which is not exact for parabolas.
-    """
-
-    def loop(p: Problem, x: Tensor, times: Times, z: Draws) -> Tensor:
-        past: list[tuple[float, Tensor]] = []
-        for t, s in itertools.pairwise(times):
-            h, m = p.lam(s) - p.lam(t), p.x0(x, t)
-            q = 2 * h
-            phi2 = math.expm1(-q) / q + 1
-            phi3 = phi2 / q - 0.5
-            x = p.sigma(s) / p.sigma(t) * math.exp(-h) * x - p.alpha(s) * math.expm1(-q) * m
-            if past:
-                r0 = (p.lam(t) - past[-1][0]) / h
-                d10 = (m - past[-1][1]) / r0
-                if len(past) == 1:
-                    x = x + p.alpha(s) * phi2 * d10
-                else:
-                    r1 = (past[-1][0] - past[-2][0]) / h
-                    d11 = (past[-1][1] - past[-2][1]) / r1
-                    d1 = d10 + (d10 - d11) * r0 / (r0 + r1)
-                    d2 = (d10 - d11) / (r0 + r1)
-                    x = x + p.alpha(s) * (phi2 * d1 - (1 if published else 2) * phi3 * d2)
-            x = x + p.sigma(s) * math.sqrt(-math.expm1(-2 * h)) * next(z)
-            past.append((p.lam(t), m))
-        return x
-
-    return loop
+def dpmpp_3m_sde_of_k_diffusion(p: Problem, x: Tensor, times: Times, z: Draws) -> Tensor:
+    """eta = 1. D2 is half the second derivative, so exactness for parabolas would need 2 phi_3."""
+    past: list[tuple[float, Tensor]] = []
+    for t, s in itertools.pairwise(times):
+        h, m = p.lam(s) - p.lam(t), p.x0(x, t)
+        q = 2 * h
+        phi2 = math.expm1(-q) / q + 1
+        phi3 = phi2 / q - 0.5
+        x = p.sigma(s) / p.sigma(t) * math.exp(-h) * x - p.alpha(s) * math.expm1(-q) * m
+        if past:
+            r0 = (p.lam(t) - past[-1][0]) / h
+            d10 = (m - past[-1][1]) / r0
+            if len(past) == 1:
+                x = x + p.alpha(s) * phi2 * d10
+            else:
+                r1 = (past[-1][0] - past[-2][0]) / h
+                d11 = (past[-1][1] - past[-2][1]) / r1
+                d1 = d10 + (d10 - d11) * r0 / (r0 + r1)
+                d2 = (d10 - d11) / (r0 + r1)
+                x = x + p.alpha(s) * (phi2 * d1 - phi3 * d2)
+        x = x + p.sigma(s) * math.sqrt(-math.expm1(-2 * h)) * next(z)
+        past.append((p.lam(t), m))
+    return x
 
 
-# --- SEEDS ---------------------------------------------------------------------------------------
+def dpmpp_3m_sde(p: Problem, x: Tensor, times: Times, z: Draws) -> Tensor:
+    """The library's: the parabola in sigma' = sigma/alpha, dy = x0 d(1/sigma'^2)."""
+    past: list[tuple[float, Tensor]] = []
+    for t, s in itertools.pairwise(times):
+        high, low = p.rho(t), p.rho(s)
+        past = [(high, p.x0(x, t)), *past][:3]
+        y = (low / high) ** 2 * x / p.alpha(t)
+        for node, m in past:
+            others = [k for k, _ in past if k != node]
+
+            def density(u: float, node: float = node, others: list[float] = others) -> float:
+                return (
+                    -2
+                    * math.exp(-2 * u)
+                    * math.prod((math.exp(u) - k) / (node - k) for k in others)
+                )
+
+            y = y + low**2 * integral(density, math.log(high), math.log(low)) * m
+        x = p.alpha(s) * (y + low * math.sqrt(1 - (low / high) ** 2) * next(z))
+    return x
 
 
 def seeds_1(p: Problem, x: Tensor, t: float, s: float, z: Draws) -> Tensor:
@@ -475,7 +486,7 @@ CASES: dict[str, tuple[str | Solver, Reference, float | None]] = {
     "dpmpp_sde": ("dpmpp_sde", one_step(dpmpp_sde), 2),
     "dpmpp_2m_sde": ("dpmpp_2m_sde", dpmpp_2m_sde("midpoint"), 2),
     "dpmpp_2m_sde_heun": ("dpmpp_2m_sde_heun", dpmpp_2m_sde("heun"), 2),
-    "dpmpp_3m_sde": ("dpmpp_3m_sde", dpmpp_3m_sde(published=False), 2),
+    "dpmpp_3m_sde": ("dpmpp_3m_sde", dpmpp_3m_sde, 2),
     "seeds_1": ("seeds_1", one_step(seeds_1), 1),
     "seeds_2": ("seeds_2", one_step(seeds_2), 2),
     "seeds_3": ("seeds_3", one_step(seeds_3), 2),
@@ -612,17 +623,21 @@ def third_step(kind: type[Problem], reference: Reference) -> tuple[Problem, Tens
     return p, before, after
 
 
-@pytest.mark.parametrize("published", [True, False])
-def test_the_published_3m_misses_a_parabola_in_lam_and_the_mended_one_does_not(
-    published: bool,
-) -> None:
+def test_the_published_3m_misses_a_parabola_in_lam() -> None:
     """y = exp(lam) x/sigma obeys dy = 2 exp(2 lam) x0 dlam; x0 = lam^2."""
-    p, before, after = third_step(SquaredLam, dpmpp_3m_sde(published))
+    p, before, after = third_step(SquaredLam, dpmpp_3m_sde_of_k_diffusion)
     t, s = grid(p, 3)[2:]
     start, end = (math.exp(2 * v) * (v**2 - v + 1 / 2) for v in (p.lam(t), p.lam(s)))
     y = before * math.exp(p.lam(t)) / p.sigma(t) + end - start
-    error = float((after - y * p.sigma(s) * math.exp(-p.lam(s))).abs().max())
-    assert error > 1e-2 if published else error < 1e-12
+    assert float((after - y * p.sigma(s) * math.exp(-p.lam(s))).abs().max()) > 1e-2
+
+
+def test_ours_is_exact_for_a_parabola_in_sigma() -> None:
+    """x0 = sigma'^2 and dy = x0 d(1/sigma'^2) move y by -2 log(sigma'_s/sigma'_t)."""
+    p, before, after = third_step(SquaredRho, dpmpp_3m_sde)
+    t, s = grid(p, 3)[2:]
+    y = before / (p.alpha(t) * p.rho(t) ** 2) - 2 * math.log(p.rho(s) / p.rho(t))
+    assert float((after - y * p.alpha(s) * p.rho(s) ** 2).abs().max()) < 1e-12
 
 
 @pytest.mark.parametrize("published", [True, False])

@@ -28,8 +28,9 @@ class SDEDPMSolverPP(Adams):
         midpoint   D = alpha_s (1 - exp(-q))/2 (m_t - m_previous)/r,
         heun       D = alpha_s (1 - (1 - exp(-q))/q) (m_t - m_previous)/r;
 
-    order 3 integrates the parabola through three predictions. (The published 3M halves its second
-    difference.)
+    order 3 integrates the parabola in sigma/alpha through three predictions. (The published 3M has
+    a parabola in log-SNR, of which it halves the second difference; on coarse grids that multiplies
+    the variance.)
 
     Args:
         order: 2 or 3.
@@ -54,7 +55,7 @@ class SDEDPMSolverPP(Adams):
         if (order, variant) == (3, "heun"):
             raise ArgumentError("variant = 'heun' is of order 2: order 3 has the exact integral")
         form = data_form(real_number("eta", eta, above=0))
-        super().__init__(order, form, "log_snr", start="graded")
+        super().__init__(order, form, "log_snr" if order == 2 else "sigma", start="graded")
         self.variant = variant
         suffix = "_heun" * (variant == "heun") + ("" if eta == 1 else f"(eta={eta:g})")
         self.name = f"dpmpp_{order}m_sde{suffix}"
