@@ -18,7 +18,7 @@ import math
 from scoresolve.errors import real_number, whole_number
 from scoresolve.grid import Grid, make_grid
 from scoresolve.plans import Run
-from scoresolve.sde import SDE
+from scoresolve.sde import SDE, GaussianSDE
 from scoresolve.solvers.adams import Adams
 from scoresolve.solvers.base import Solver
 from scoresolve.solvers.forms import scaled_form
@@ -90,4 +90,6 @@ class ScaledAdams(Adams):
         t_end: float | None = None,
         denoise: bool | None = None,
     ) -> Grid:
+        if not isinstance(sde, GaussianSDE):
+            return super().make_grid(sde, steps, t_start, t_end, denoise)
         return make_grid("scaled", sde, steps, t_start, t_end, denoise, scale=self.scale)
