@@ -124,7 +124,7 @@ def test_a_network_may_bring_its_scale() -> None:
 
 
 def test_ten_calls_on_the_trained_network_are_an_eighth_of_common_practice() -> None:
-    """Measured .094; the bound leaves room for other starts."""
+    """Measured .06; the bound leaves room for other starts."""
     model, sde = ss.from_denoiser(ss.digits.load_network(dtype=F64)), EDM()
     x = sde.prior_std * normal(generator(3), 48, 1, 8, 8)
     exact = ss.sample(model, sde, x=x, solver=ss.solvers.DormandPrince(1e-7, 1e-7)).x

@@ -189,8 +189,8 @@ class Adams(Solver):
         return self.form
 
     def step(self, x: Linear, t: float, s: float, run: Run) -> Linear:
-        form, (nodes, corrector) = self.form_at(run, t), self.slopes(run)
-        past = run.past[-nodes:]
+        form, (nodes, corrector) = self.form_at(run, t), self.slopes(run, run.index)
+        past = run.past[-self.nodes :]
         if self._starting(len(run.past), run):
             y, _ = advance(self._starter(), form, x / form.scale(run, t), t, s, run)
             return form.scale(run, s) * y
@@ -206,8 +206,8 @@ class Adams(Solver):
         noise = form.noise(run, t, s)
         return form.scale(run, s) * (y if noise is None else y + noise)
 
-    def slopes(self, run: Run) -> tuple[int, int]:
-        """How many slopes predictor and corrector take; 0 for no corrector."""
+    def slopes(self, run: Run, index: int) -> tuple[int, int]:
+        """How many slopes predictor and corrector of a step take; 0 for no corrector."""
         return self.nodes, self.corrector or 0
 
     def predictor_weights(
@@ -235,8 +235,9 @@ class Adams(Solver):
     ) -> Linear:
         """What the slope at the end of the last step, the newest, adds to the state there."""
         t, s = times[-2:]
-        form = self.form_at(run, t)
-        before = self.predictor_weights(run, form, times[:-1], t, s)
+        form, taken = self.form_at(run, t), self.slopes(run, run.index - 1)[0]
+        before = self.predictor_weights(run, form, times[:-1][-taken:], t, s)
+        before = [0.0] * (len(times) - 1 - len(before)) + before
         after = self.corrector_weights(run, form, times[-corrector:], t, s)
         after = [0.0] * (len(times) - len(after)) + after
         gains = (new - old for new, old in zip(after, [*before, 0.0], strict=True))

@@ -28,14 +28,20 @@ __all__ = ["ScaledAdams"]
 C, B, RATE_C, RATE_B, TURN = 0.3, 0.75, 0.42, 0.5, 0.65
 """c, b, c', b' and c'' for data whose modes part at level 1; the levels c grow with it."""
 
+LONGEST = {5: 0.3, 4: 0.5, 3: 0.85}
+"""Steps of what length in log k still get that order; longer ones get 2, with a corrector of 3.
+
+A direction in which the data have standard deviation s bends the path where k passes s. Data have
+directions of many s, so wherever a step is long against the bend a high degree overshoots.
+"""
+
 
 class ScaledAdams(Adams):
     """Adams predictor and corrector on the scaled residual; the corrector costs no call.
 
     Args:
         order: slopes of the predictor, 2 to 5, and of the corrector. If omitted, both follow from
-            the number of steps n: 2 and 3 up to n = 6, 3 and 4 up to 12, 4 and 4 up to 17, then
-            5 and 5.
+            the length of each step, see `LONGEST`.
         scale: noise level sigma/alpha at which the modes of the data part; `scale_of_data` has an
             estimate. If omitted, that of the model (`Model.data_scale`), or 1 if it has none.
         start: of a method of given order, "matched" or "graded" as in `Adams`. Without an order it
@@ -70,13 +76,13 @@ class ScaledAdams(Adams):
         kind = "auto" if order is None else f"scaled_{order}"
         self.name = kind if self.scale == 1 else f"{kind}(scale={self.scale:.3g})"
 
-    def slopes(self, run: Run) -> tuple[int, int]:
+    def slopes(self, run: Run, index: int) -> tuple[int, int]:
         if self.settings[0] is not None:
-            return super().slopes(run)
-        steps = len(run.times) - 1
-        if steps <= 12:
-            return (2, 3) if steps <= 6 else (3, 4)
-        return (4, 4) if steps <= 17 else (5, 5)
+            return super().slopes(run, index)
+        t, s = run.times[index : index + 2]
+        length = abs(run.log_snr_half(s) - run.log_snr_half(t))
+        order = next((order for order, most in LONGEST.items() if length < most), 2)
+        return order, max(3, order)
 
     def scaled(self, scale: float | None) -> Solver:
         order, given, start = self.settings
