@@ -19,7 +19,7 @@ import scoresolve as ss
 from scoresolve.models import NetworkModel
 from scoresolve.plans import Plan, model_time
 from scoresolve.plans.stages import Call, Combine
-from scoresolve.solvers import AdamsBashforth, Solver, UniPC, get_solver
+from scoresolve.solvers import AdamsBashforth, ScaledAdams, Solver, UniPC, get_solver
 
 __all__ = ["SHAPES", "SOLVERS", "measure"]
 
@@ -29,6 +29,7 @@ SOLVERS: dict[str, Solver] = {
     "dpmpp_2m": get_solver("dpmpp_2m"),
     "ab3_v": AdamsBashforth(3, "v", start="graded"),
     "uni_pc": UniPC(start="graded"),
+    "auto": ScaledAdams(),
 }
 """One call a step each, so that a loop by hand is what anyone would write."""
 
