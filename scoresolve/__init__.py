@@ -38,6 +38,7 @@ from scoresolve.sde import (
 from scoresolve.solvers import Solver, get_solver
 from scoresolve.targets import GaussianMixture
 from scoresolve.transitions import GaussianChain
+from scoresolve.tuning import measure_scale
 
 __version__ = "0.1.0"
 
@@ -85,6 +86,7 @@ __all__ = [
     "guidance",
     "log_likelihood",
     "make_grid",
+    "measure_scale",
     "noise",
     "noised",
     "plan",
