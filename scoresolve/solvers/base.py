@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from types import MappingProxyType
 
 from scoresolve.grid import Grid, make_grid
 from scoresolve.plans import Linear, Run
@@ -34,6 +36,7 @@ class Solver(ABC):
         jumps_at_data: the same at sigma = 0.
         remembers: whether a step reads earlier ones.
         grid: name of the grid that suits it, which it gets unless told otherwise.
+        grid_options: what that grid is made with, see `scoresolve.grid.make_grid`.
     """
 
     name: str
@@ -45,6 +48,7 @@ class Solver(ABC):
     jumps_at_data: bool = False
     remembers: bool = False
     grid: str = "flow"
+    grid_options: Mapping[str, float] = MappingProxyType({})
 
     @abstractmethod
     def step(self, x: Linear, t: float, s: float, run: Run) -> Linear:
@@ -69,7 +73,7 @@ class Solver(ABC):
         end = sde.t_min if t_end is None else float(t_end)
         finite = [math.isfinite(float(sde.log_snr(time))) for time in (start, end)]
         if self.grid not in _SINGULAR or all(finite):
-            return make_grid(self.grid, sde, steps, t_start, t_end, denoise)
+            return make_grid(self.grid, sde, steps, t_start, t_end, denoise, **self.grid_options)
         if not (finite[1] and start > end and self.jumps_at_noise):
             return make_grid("flow", sde, steps, t_start, t_end, denoise)
         if steps == 1:

@@ -16,9 +16,7 @@ from __future__ import annotations
 import math
 
 from scoresolve.errors import real_number, whole_number
-from scoresolve.grid import Grid, make_grid
 from scoresolve.plans import Run
-from scoresolve.sde import SDE, GaussianSDE
 from scoresolve.solvers.adams import Adams
 from scoresolve.solvers.base import Solver
 from scoresolve.solvers.forms import scaled_form
@@ -72,7 +70,7 @@ class ScaledAdams(Adams):
             super().__init__(5, form, angle, 5, "graded")
         else:
             super().__init__(whole_number("order", order, 2, 5), form, angle, order, start)
-        self.grid = "scaled"
+        self.grid, self.grid_options = "scaled", {"scale": self.scale}
         kind = "auto" if order is None else f"scaled_{order}"
         self.name = kind if self.scale == 1 else f"{kind}(scale={self.scale:.3g})"
 
@@ -87,15 +85,3 @@ class ScaledAdams(Adams):
     def scaled(self, scale: float | None) -> Solver:
         order, given, start = self.settings
         return self if given is not None else ScaledAdams(order, scale, start)
-
-    def make_grid(
-        self,
-        sde: SDE,
-        steps: int,
-        t_start: float | None = None,
-        t_end: float | None = None,
-        denoise: bool | None = None,
-    ) -> Grid:
-        if not isinstance(sde, GaussianSDE):
-            return super().make_grid(sde, steps, t_start, t_end, denoise)
-        return make_grid("scaled", sde, steps, t_start, t_end, denoise, scale=self.scale)
