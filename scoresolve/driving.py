@@ -204,8 +204,12 @@ def drive(
     progress: bool,
     raise_on_failure: bool,
     cond: dict[str, Any],
+    spent: int = 0,
 ) -> Samples:
-    """Solve every chunk and join the results; see `sampling.sample` for the arguments."""
+    """Solve every chunk and join the results; see `sampling.sample` for the arguments.
+
+    `spent` are the calls made before, which count.
+    """
     batch = start.batch
     size = batch if chunk is None else min(whole_number("chunk", chunk), batch)
     parts: list[tuple[Tensor, Tensor, int]] = []
@@ -227,7 +231,7 @@ def drive(
     if missing := batch - x.shape[0]:
         x = torch.cat([x, x.new_full((missing, *x.shape[1:]), torch.nan)])
         status = torch.cat([status, status.new_full((missing,), int(Status.INTERRUPTED))])
-    nfe = max(part[2] for part in parts)
+    nfe = spent + max(part[2] for part in parts)
     result = Samples(x, status, nfe, engine.times, engine.plan)
     if raise_on_failure and not bool(result.ok.all()):
         raise failure(result, status)

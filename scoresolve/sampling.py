@@ -30,8 +30,9 @@ from scoresolve.grid import Grid, as_grid, make_grid
 from scoresolve.models import Model, as_model
 from scoresolve.noise import NoiseSource, as_noise
 from scoresolve.plans import Plan, StepReport, check_state, trace
-from scoresolve.sde import SDE
+from scoresolve.sde import SDE, GaussianSDE
 from scoresolve.solvers import Integrator, Solver, get_solver
+from scoresolve.tuning import scale_within
 
 __all__ = [
     "DEFAULT_NFE",
@@ -167,7 +168,8 @@ def sample(
         x: the state at `t_start`, [B, *event], floating point; it is not written into.
         solver: a name of the registry (`scoresolve solvers` lists them) or a solver object.
         steps: number of grid steps; or
-        nfe: at most so many network calls (if neither is given, 30); or
+        nfe: at most so many network calls (if neither is given, 30), of which `auto` spends one
+            on the scale of the data unless the model knows it; or
         grid: a `Grid` or explicit times. A name of `GRIDS` goes with `steps` or `nfe`.
         t_start, t_end: first and last time; the process's T and t_min if omitted.
         denoise: whether a last call jumps to sigma = 0.
@@ -193,9 +195,7 @@ def sample(
     """
     resolved = get_solver(solver)
     model = as_model(score, sde)
-    if isinstance(resolved, Solver):
-        resolved = resolved.scaled(model.data_scale)
-        resolved = resolved if nfe is None else resolved.budgeted(nfe - bool(denoise))
+    warn_of_dropout(score)
     if (shape is None) == (x is None):
         raise ArgumentError("give either shape=[B, *event] or a start x=, not both")
     source = as_noise(noise, seed)
@@ -208,32 +208,44 @@ def sample(
         if dtype is not None or device is not None:
             raise ArgumentError("dtype= and device= go with shape=: x= has its own")
         start = Given(x)
+    if chunk is not None:
+        whole_number("chunk", chunk)
+    spent = 0
     if isinstance(resolved, Solver):
-        if grid is not None and not isinstance(grid, str):
-            given = {"steps": steps, "nfe": nfe, "t_start": t_start, "t_end": t_end}
-            if extra := [name for name, value in given.items() if value is not None]:
-                raise ArgumentError(f"an explicit grid fixes the times: leave out {extra[0]}=")
-            times = as_grid(grid, denoise)
-        else:
-            times = grid_for(
-                resolved,
+        given_times = None if grid is None or isinstance(grid, str) else as_grid(grid, denoise)
+        named = grid if isinstance(grid, str) else None
+
+        def engine_for(solver: Solver, nfe: int | None) -> PlanEngine:
+            solver = solver if nfe is None else solver.budgeted(nfe - bool(denoise))
+            times = given_times or grid_for(
+                solver,
                 sde,
-                grid=grid,
+                grid=named,
                 steps=steps,
                 nfe=nfe,
                 t_start=t_start,
                 t_end=t_end,
                 denoise=denoise,
             )
-        engine: Engine = PlanEngine(plan(resolved, sde, times), callback, compile)
+            return PlanEngine(plan(solver, sde, times), callback, compile)
+
+        if given_times is not None:
+            given = {"steps": steps, "nfe": nfe, "t_start": t_start, "t_end": t_end}
+            if extra := [name for name, value in given.items() if value is not None]:
+                raise ArgumentError(f"an explicit grid fixes the times: leave out {extra[0]}=")
+        engine: Engine = engine_for(resolved.scaled(model.data_scale), nfe)
+        free = given_times is None and steps is None
+        if resolved.wants_scale and free and isinstance(sde, GaussianSDE):
+            budget = DEFAULT_NFE if nfe is None else nfe
+            scale, spent = scale_within(budget, model, sde, start.rows(slice(0)), cond)
+            engine = engine_for(resolved.scaled(scale), budget - spent) if spent else engine
     else:
         refuse(resolved, steps=steps, nfe=nfe, grid=grid, callback=callback, compile=compile)
         ends = (sde.T if t_start is None else t_start, sde.t_min if t_end is None else t_end)
         Grid(ends).check(sde)
         engine = IntegratorEngine(resolved, sde, ends, bool(denoise))
-    warn_of_dropout(score)
     with torch.set_grad_enabled(gradients):
-        return drive(engine, model, start, source, chunk, progress, raise_on_failure, cond)
+        return drive(engine, model, start, source, chunk, progress, raise_on_failure, cond, spent)
 
 
 def encode(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 import scoresolve as ss
 import scoresolve.digits
-from scoresolve.errors import ArgumentError
+from scoresolve.errors import ArgumentError, ModelWarning
 from scoresolve.sde import EDM, VE, VP, CosineVP, GaussianSDE, RectifiedFlow
 from scoresolve.targets import gaussian, random_mixture, ring
 
@@ -20,7 +22,7 @@ def test_the_measured_scale_is_that_of_the_mixture(sde: GaussianSDE) -> None:
     """64 pairs in 16 and 32 dimensions: 5 %, four times (rows * D)^(-1/2) with effective D 4."""
     for mixture in (random_mixture(16, 4, seed=1, spread=1.0), random_mixture(32, 6, seed=2)):
         model = mixture.score_model(sde)
-        found = ss.measure_scale(model, sde, mixture.event_shape, rows=512, dtype=torch.float64)
+        found = ss.measure_scale(model, sde, mixture.event_shape, pairs=512, dtype=torch.float64)
         assert found == pytest.approx(model.data_scale, rel=0.1)
 
 
@@ -30,17 +32,18 @@ def test_a_gaussian_is_measured_exactly_but_for_the_sample_of_z() -> None:
     assert found == pytest.approx(model.data_scale, rel=0.03)  # (2/(64 * 256))^(1/2) = .011
 
 
-def test_the_level_is_raised_until_it_is_far_above_the_data() -> None:
-    for std, count in ((0.3, 1), (1.5, 2), (6.0, 3)):
-        levels = list[float]()
-        model = gaussian(torch.zeros(64), std**2 * torch.ones(64)).score_model(EDM())
+@pytest.mark.parametrize("std", [0.3, 1.5, 6.0])
+def test_one_call_serves_data_of_any_scale(std: float) -> None:
+    levels = list[Tensor]()
+    model = gaussian(torch.zeros(64), std**2 * torch.ones(64)).score_model(EDM())
 
-        def score(x: Tensor, t: Tensor, model=model, levels=levels) -> Tensor:  # type: ignore[no-untyped-def]
-            levels.append(float(t[0]) if t.ndim else float(t))
-            return model(x, t)
+    def score(x: Tensor, t: Tensor) -> Tensor:
+        levels.append(t)
+        return model(x, t)
 
-        ss.measure_scale(score, EDM(), (64,))
-        assert levels == pytest.approx([4.0, 16.0, 64.0][:count])
+    found = ss.measure_scale(score, EDM(), (64,), dtype=torch.float64)
+    assert len(levels) == 1 and levels[0].unique().tolist() == pytest.approx([4.0, 16.0, 64.0])
+    assert found == pytest.approx(model.data_scale, rel=0.05)  # (2/(64 * 64))^(1/2) = .022
 
 
 def test_a_slightly_wrong_noise_prediction_does_not_spoil_it() -> None:
@@ -51,15 +54,46 @@ def test_a_slightly_wrong_noise_prediction_does_not_spoil_it() -> None:
     assert found == pytest.approx(exact.data_scale, rel=0.1)
 
 
-def test_calls_are_made_on_pairs_of_opposite_states() -> None:
+def test_the_states_are_pairs_of_opposite_ones() -> None:
     calls = list[Tensor]()
 
     def score(x: Tensor, t: Tensor) -> Tensor:
         calls.append(x.clone())
         return ring().score_model(VP())(x, t)
 
-    ss.measure_scale(score, VP(), (2,), rows=8)
-    assert calls and all(len(x) == 16 and torch.equal(x[:8], -x[8:]) for x in calls)
+    ss.measure_scale(score, VP(), (2,), pairs=8)
+    pairs = calls[0].reshape(3, 2, 8, 2)
+    assert len(calls) == 1 and torch.equal(pairs[:, 0], -pairs[:, 1])
+
+
+def test_the_default_spends_one_call_on_a_scale_it_is_not_told() -> None:
+    exact = gaussian(torch.zeros(64), 9 * torch.ones(64)).score_model(EDM())
+    calls = list[int]()
+
+    def score(x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        calls.append(len(x))
+        return exact(x, t)
+
+    def run(**options: Any) -> ss.Samples:
+        calls.clear()
+        return ss.sample(score, EDM(), shape=(5, 64), **options)
+
+    out = run(nfe=10, chunk=2)
+    assert (out.nfe, out.plan.nfe, len(calls)) == (10, 9, 1 + 3 * 9)  # type: ignore[union-attr]
+    assert "scale=8" in out.plan.solver or "scale=9" in out.plan.solver  # type: ignore[union-attr]
+    for left_alone in ({"nfe": 5}, {"steps": 10}, {"nfe": 10, "label": torch.arange(5)}):
+        assert run(**left_alone).plan.solver == "auto"  # type: ignore[union-attr]
+
+
+def test_a_model_whose_scale_cannot_be_measured_is_still_sampled() -> None:
+    def score(x: Tensor, t: Tensor) -> Tensor:
+        if len(x) != 3:
+            raise RuntimeError("compiled for three rows")
+        return -x
+
+    with pytest.warns(ModelWarning, match="data_scale"):
+        out = ss.sample(score, VP(), shape=(3, 4), nfe=8)
+    assert out.plan.solver == "auto" and bool(out.ok.all())  # type: ignore[union-attr]
 
 
 def test_the_trained_network_knows_its_data() -> None:

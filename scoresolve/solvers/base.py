@@ -37,6 +37,7 @@ class Solver(ABC):
         remembers: whether a step reads earlier ones.
         grid: name of the grid that suits it, which it gets unless told otherwise.
         grid_options: what that grid is made with, see `scoresolve.grid.make_grid`.
+        wants_scale: whether `scaled` changes it.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Solver(ABC):
     remembers: bool = False
     grid: str = "flow"
     grid_options: Mapping[str, float] = MappingProxyType({})
+    wants_scale: bool = False
 
     @abstractmethod
     def step(self, x: Linear, t: float, s: float, run: Run) -> Linear:

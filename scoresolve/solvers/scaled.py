@@ -41,7 +41,8 @@ class ScaledAdams(Adams):
         order: slopes of the predictor, 2 to 5, and of the corrector. If omitted, both follow from
             the length of each step, see `LONGEST`.
         scale: noise level sigma/alpha at which the modes of the data part; `scale_of_data` has an
-            estimate. If omitted, that of the model (`Model.data_scale`), or 1 if it has none.
+            estimate. If omitted it is that of the model (`Model.data_scale`); `sample` measures it
+            if the model has none, see `scoresolve.tuning.scale_within`; 1 if all that fails.
         start: of a method of given order, "matched" or "graded" as in `Adams`. Without an order it
             is graded, and the grid makes its first steps short instead.
 
@@ -59,7 +60,7 @@ class ScaledAdams(Adams):
         self, order: int | None = None, scale: float | None = None, start: str = "matched"
     ) -> None:
         self.scale = 1.0 if scale is None else real_number("scale", scale, above=0)
-        self.settings = order, scale, start
+        self.settings, self.wants_scale = (order, scale, start), scale is None
         form = scaled_form(self.scale * C, B, self.scale * RATE_C, RATE_B)
         turn = self.scale * TURN
 
@@ -83,5 +84,5 @@ class ScaledAdams(Adams):
         return order, max(3, order)
 
     def scaled(self, scale: float | None) -> Solver:
-        order, given, start = self.settings
-        return self if given is not None else ScaledAdams(order, scale, start)
+        order, _, start = self.settings
+        return ScaledAdams(order, scale, start) if self.wants_scale else self
