@@ -37,6 +37,7 @@ from scoresolve.solvers.stochastic import (
 )
 from scoresolve.solvers.stochastic_multistep import ERSDE, GDDIM, SASolver, SDEDPMSolverPP
 from scoresolve.solvers.strong import SRA1, ShARK
+from scoresolve.solvers.weak import WeakRungeKutta
 
 __all__ = [
     "ALIASES",
@@ -89,6 +90,7 @@ __all__ = [
     "TorchDiffEq",
     "TorchSDE",
     "UniPC",
+    "WeakRungeKutta",
     "data_form",
     "get_solver",
     "nfe_rule",

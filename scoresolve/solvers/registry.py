@@ -44,6 +44,7 @@ from scoresolve.solvers.stochastic import (
 )
 from scoresolve.solvers.stochastic_multistep import ERSDE, GDDIM, SASolver, SDEDPMSolverPP
 from scoresolve.solvers.strong import SRA1, ShARK
+from scoresolve.solvers.weak import WeakRungeKutta
 
 __all__ = ["ALIASES", "REGISTRY", "get_solver", "nfe_rule", "noise_rule"]
 
@@ -99,6 +100,7 @@ REGISTRY: dict[str, Callable[[], Solver | Integrator]] = {
     "stochastic_heun": StochasticHeun,
     "sra1": SRA1,
     "shark": ShARK,
+    "weak_rk3": WeakRungeKutta,
     "reverse_diffusion": ReverseDiffusion,
     "flow_sde": FlowSDE,
     "edm_churn": Churn,
