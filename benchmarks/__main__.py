@@ -12,10 +12,14 @@ import click
 import torch
 
 import scoresolve
-from benchmarks import conditioning, likelihood, nfe, overhead, tracing
+from benchmarks import adaptive, conditioning, likelihood, nfe, overhead, tracing
 from benchmarks.peers import versions
 
 BENCHMARKS: dict[str, Callable[[], list[dict[str, object]]]] = {
+    "adaptive": adaptive.measure,
+    "adaptive_full": partial(adaptive.measure, full=True),
+    "adaptive_time": adaptive.measure_time,
+    "adaptive_time_full": partial(adaptive.measure_time, full=True),
     "conditioning": conditioning.measure,
     "likelihood": likelihood.measure,
     "nfe": nfe.measure,

@@ -6,7 +6,12 @@ from scoresolve.driving import Samples
 from scoresolve.errors import ScoresolveError, SolveError, Status
 from scoresolve.grid import GRIDS, Grid, make_grid
 from scoresolve.latents import noised, slerp
-from scoresolve.likelihood import Likelihood, log_likelihood
+from scoresolve.likelihood import (
+    ErrorBudget,
+    Likelihood,
+    log_likelihood,
+    sample_with_log_prob,
+)
 from scoresolve.model_check import check_model
 from scoresolve.models import (
     Model,
@@ -52,6 +57,7 @@ __all__ = [
     "Certificate",
     "CosineVP",
     "DiscreteVP",
+    "ErrorBudget",
     "GaussianChain",
     "GaussianMixture",
     "GaussianSDE",
@@ -91,6 +97,7 @@ __all__ = [
     "noised",
     "plan",
     "sample",
+    "sample_with_log_prob",
     "sde",
     "slerp",
     "solvers",

@@ -343,10 +343,11 @@ def sample(
 @_model_options
 @click.option("--data", type=click.Path(exists=True, path_type=Path), help="An array [N, ...].")
 @click.option("--count", type=click.IntRange(min=1), help="Take the first so many.")
-@click.option("--solver", default="dopri5", show_default=True)
-@click.option("--nfe", type=int, help="Network calls, for a fixed-grid solver.")
+@click.option("--solver", default="auto", show_default=True)
+@click.option("--cost", type=int, help="Evaluations and products per sample, for auto; 200.")
+@click.option("--nfe", type=int, help="Network calls.")
 @click.option("--trace", type=click.Choice(["auto", "exact", "hutchinson"]), default="auto")
-@click.option("--probes", type=int, default=8, show_default=True)
+@click.option("--probes", type=int, help="Random probes a call, on average.")
 @click.option("--dequantise", type=float, help="Width of the bins of discrete data.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--chunk", type=int, help="Samples to work on at a time.")
@@ -362,12 +363,10 @@ def likelihood(
 ) -> None:
     """Log-likelihood of data under a model; with --digits and no --data, of held-out digits.
 
-    The default is exact and slow for images, about 3 seconds for each digit; the second line
-    below takes a twentieth of that.
-
     \b
     scoresolve likelihood --target ring --data ring.npz
-    scoresolve likelihood --digits --sde vp --solver rk4_flow --nfe 100 --trace hutchinson
+    scoresolve likelihood --digits --count 100
+    scoresolve likelihood --digits --count 10 --trace exact --nfe 64
     """
     import scoresolve as ss
 
@@ -387,7 +386,8 @@ def likelihood(
     good = found.ok
     click.echo(f"log-likelihood: {_mean(found.log_prob[good])} nats")
     click.echo(f"bits: {_mean(found.bits_per_dim[good])} bits/dim")
-    click.echo(f"{int(good.sum())} of {len(good)} good, {found.nfe} network calls")
+    cost = float(found.cost[good].mean())
+    click.echo(f"{int(good.sum())} of {len(good)} good, {cost:.0f} evaluations each")
     _leave(found.status)
 
 

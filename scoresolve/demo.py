@@ -40,8 +40,7 @@ class DemoSettings:
         count: digits to draw.
         nfe: network calls to draw them with.
         held_out: held-out digits whose likelihood is computed, at most 360.
-        likelihood_nfe: network calls along the flow.
-        probes: random probes of the divergence at every call.
+        likelihood_cost: network evaluations and products with the Jacobian for each held-out digit.
         starts: starts of the comparison.
         budgets: network calls of the comparison.
         methods: solvers and grids of the comparison.
@@ -51,8 +50,7 @@ class DemoSettings:
     count: int = 100
     nfe: int = 20
     held_out: int = 360
-    likelihood_nfe: int = 100
-    probes: int = 2
+    likelihood_cost: int = 200
     starts: int = 256
     budgets: tuple[int, ...] = BUDGETS
     methods: tuple[Method, ...] = METHODS
@@ -68,7 +66,7 @@ class DemoReport:
         bits_per_dim: mean over the held-out digits.
         bits_error: its standard error over digits and probes.
         probe_error: RMS standard error of one digit's bits by the random probes alone.
-        likelihood_nfe: network calls of the likelihood.
+        likelihood_cost: network evaluations and products that a digit's likelihood took.
         comparison: solvers on the mixture.
         seconds: by part of the job.
         page: the report page.
@@ -79,7 +77,7 @@ class DemoReport:
     bits_per_dim: float
     bits_error: float
     probe_error: float
-    likelihood_nfe: int
+    likelihood_cost: float
     comparison: Comparison
     seconds: dict[str, float]
     page: Path
@@ -90,7 +88,7 @@ class DemoReport:
         lines = [
             f"{s.count} digits drawn with {self.nfe} network calls",
             f"{self.bits_per_dim:.3f} +- {self.bits_error:.3f} bits per dimension on "
-            f"{s.held_out} held-out digits ({self.likelihood_nfe} calls, {s.probes} probes)",
+            f"{s.held_out} held-out digits ({self.likelihood_cost:.0f} evaluations each)",
             f"{len(s.methods)} solvers compared over {s.budgets[0]} to {s.budgets[-1]} calls on a "
             "mixture fitted to the digits:",
         ]
@@ -162,7 +160,7 @@ def run_demo(out: Path, settings: DemoSettings | None = None) -> DemoReport:
         bits_per_dim=float(bits.mean()),
         bits_error=float(bits.std()) / math.sqrt(len(bits)),
         probe_error=float(probe.square().mean().sqrt()),
-        likelihood_nfe=likelihood.nfe,
+        likelihood_cost=float(likelihood.cost.mean()),
         comparison=comparison,
         seconds=seconds,
         page=out / "report.html",
@@ -181,10 +179,7 @@ def _held_out_likelihood(job: DemoSettings) -> Likelihood:
         from_denoiser(load_network()),
         VP(),
         x,
-        solver="rk4_flow",
-        nfe=job.likelihood_nfe,
-        trace="hutchinson",
-        probes=job.probes,
+        cost=job.likelihood_cost,
         dequantise=BIN_WIDTH,
         seed=job.seed,
     )
@@ -202,8 +197,7 @@ def _page(report: DemoReport, out: Path) -> str:
         error=f"{report.bits_error:.3f}",
         probe_error=f"{report.probe_error:.3f}",
         held_out=job.held_out,
-        likelihood_nfe=report.likelihood_nfe,
-        probes=job.probes,
+        likelihood_cost=f"{report.likelihood_cost:.0f}",
         uniform=f"{-math.log2(BIN_WIDTH / 2):.2f}",
         starts=comparison.starts,
         reference=f"{comparison.reference_error:.0e}",

@@ -1,12 +1,13 @@
-r"""The divergence of a vector field v on states x [B, *event], by vector-Jacobian products.
+r"""The divergence of a vector field v on states x [B, *event], by products with its Jacobian.
 
 With J the Jacobian of a row of v with respect to the same row of x, and D event elements,
 
     div v = sum_i e_i^T J e_i            exact, D products with the basis vectors
           = E[z^T J z],  E[z z^T] = I    Hutchinson, one product per probe z
 
-One forward pass serves all products of a point; they are taken many at a time (batched backward
-passes), as far as memory allows. The field must treat the rows of the batch independently.
+One evaluation serves all products of a point. They are taken many at a time, as far as memory
+allows, in whatever way the network supports: backward passes in one batch, backward passes one by
+one, or forward mode. The field must treat the rows of the batch independently.
 """
 
 from __future__ import annotations
@@ -17,25 +18,113 @@ from typing import Final
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from scoresolve.errors import ShapeError
+from scoresolve.errors import ShapeError, UnknownNameError
 from scoresolve.models import check_output
 from scoresolve.plans import check_state
 
-__all__ = ["exact_divergence", "hutchinson", "walsh_signs"]
+__all__ = ["MODES", "Differentiator", "exact_divergence", "hutchinson", "walsh_signs"]
 
 Field = Callable[[Tensor], Tensor]
+
+MODES: Final = ("auto", "reverse", "forward")
 
 # Elements of x copied at once into a batched backward pass, unless one row more is needed.
 _ROOM: Final = 2**20
 
 
-def exact_divergence(fn: Field, x: Tensor) -> tuple[Tensor, Tensor]:
+class Differentiator:
+    """Takes products with the Jacobian of a field, and remembers which way its network allows.
+
+    Reverse mode gives J^T z, forward mode J z; for z^T J z either will do. Reverse mode costs about
+    one evaluation a product, and memory for the graph. Forward mode keeps no graph and also sees
+    through a network that runs under `torch.no_grad`.
+
+    Args:
+        mode: "reverse", "forward", or "auto": reverse, batched if the network's backward passes
+            can be, and forward for a network whose output has no gradient.
+
+    Attributes:
+        blind: whether no way has found any dependence on x, so that products were 0.
+
+    Raises:
+        UnknownNameError: another mode.
+    """
+
+    def __init__(self, mode: str = "auto") -> None:
+        if mode not in MODES:
+            raise UnknownNameError("mode", mode, MODES)
+        self.mode, self.batched, self.blind = mode, True, False
+
+    def __call__(self, fn: Field, x: Tensor) -> tuple[Tensor, Field]:
+        """The field's value at `x`, and the map from vectors [n, *x.shape] to their products."""
+        check_state(x)
+        if self.mode == "forward":
+            return self._forward(fn, x)
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            value = fn(leaf)
+        check_output(value, x)
+        if not value.requires_grad:
+            found, products = self._forward(fn, x) if self.mode == "auto" else (value, None)
+            if products is None or self.blind:
+                self.blind, self.mode = True, "reverse"
+                return value.detach(), torch.zeros_like
+            self.mode = "forward"
+            return found, products
+        return value.detach(), lambda vectors: self._pull_back(value, leaf, vectors)
+
+    def _pull_back(self, value: Tensor, leaf: Tensor, vectors: Tensor) -> Tensor:
+        def gradient(vector: Tensor, batched: bool) -> Tensor:
+            (product,) = torch.autograd.grad(
+                value,
+                leaf,
+                vector.to(value.dtype),
+                retain_graph=True,
+                allow_unused=True,
+                is_grads_batched=batched,
+            )
+            return torch.zeros_like(vector) if product is None else product
+
+        if self.batched and len(vectors) > 1:
+            try:
+                return gradient(vectors, True)
+            except RuntimeError:
+                self.batched = False  # a compiled or custom backward pass may not be batched
+        return torch.stack([gradient(vector, False) for vector in vectors])
+
+    def _forward(self, fn: Field, x: Tensor) -> tuple[Tensor, Field]:
+        def push(vector: Tensor) -> tuple[Tensor, Tensor | None]:
+            with torch.no_grad(), forward_ad.dual_level():
+                dual = fn(forward_ad.make_dual(x.detach(), vector))  # type: ignore[no-untyped-call]
+                check_output(dual, x)
+                value, tangent = forward_ad.unpack_dual(dual)  # type: ignore[no-untyped-call]
+            return value, tangent
+
+        def products(vectors: Tensor) -> Tensor:
+            found = [push(vector)[1] for vector in vectors]
+            return torch.stack(
+                [
+                    torch.zeros_like(vector) if tangent is None else tangent
+                    for tangent, vector in zip(found, vectors, strict=True)
+                ]
+            )
+
+        value, tangent = push(torch.ones_like(x))
+        self.blind = tangent is None
+        return value, products
+
+
+def exact_divergence(
+    fn: Field, x: Tensor, differentiator: Differentiator | None = None
+) -> tuple[Tensor, Tensor]:
     """The field and its divergence, sum_i e_i^T J e_i.
 
     Args:
         fn: the field, [B, *event] -> [B, *event]; row i of its value depends on row i of x alone.
         x: [B, *event], real floating point; its own gradient history is not continued.
+        differentiator: takes the products; a new one if omitted.
 
     Returns:
         The value [B, *event] and the divergence [B], both without history.
@@ -47,28 +136,31 @@ def exact_divergence(fn: Field, x: Tensor) -> tuple[Tensor, Tensor]:
     Source:
         Chen et al. 2018 (1806.07366), section 4, for the trace in the flow of a density.
     """
-    value, products = _pullback(fn, x)
+    value, products = (differentiator or Differentiator())(fn, x)
     size = math.prod(x.shape[1:])
     total = x.new_zeros(x.shape[0])
     index = torch.arange(size, device=x.device)
     for part in _groups(size, x):
         basis = (index[part, None] == index).to(x.dtype)
-        cotangents = basis[:, None].expand(-1, x.shape[0], -1).reshape(-1, *x.shape)
-        rows = products(cotangents).reshape(len(basis), x.shape[0], size)
+        vectors = basis[:, None].expand(-1, x.shape[0], -1).reshape(-1, *x.shape)
+        rows = products(vectors).reshape(len(basis), x.shape[0], size)
         total += rows[..., part].diagonal(dim1=0, dim2=2).sum(1)
     return value, total
 
 
-def hutchinson(fn: Field, x: Tensor, probes: Tensor) -> tuple[Tensor, Tensor]:
-    """The field and estimates z_k^T J z_k of its divergence, one column a probe.
+def hutchinson(
+    fn: Field, x: Tensor, probes: Tensor, differentiator: Differentiator | None = None
+) -> tuple[Tensor, Tensor]:
+    """The field and the terms z_i (J^T z)_i whose sum over i estimates its divergence.
 
     Args:
         fn: as in `exact_divergence`.
         x: [B, *event], real floating point.
-        probes: z, [K, B, *event], independent with mean 0 and covariance I.
+        probes: z, [K, B, *event], each with mean 0 and covariance I.
+        differentiator: takes the products, J z in forward mode; a new one if omitted.
 
     Returns:
-        The value [B, *event] and the estimates [B, K], both without history.
+        The value [B, *event] and the terms [K, B, D], both without history.
 
     Raises:
         ArgumentError: `x` is not floating point.
@@ -82,24 +174,21 @@ def hutchinson(fn: Field, x: Tensor, probes: Tensor) -> tuple[Tensor, Tensor]:
             f"probes of shape {tuple(probes.shape)} for x of shape {tuple(x.shape)}: "
             "give [K, *x.shape]"
         )
-    value, products = _pullback(fn, x)
-    size = math.prod(x.shape[1:])
-    columns = [
-        (products(probes[part]) * probes[part]).reshape(-1, x.shape[0], size).sum(2)
-        for part in _groups(probes.shape[0], x)
-    ]
-    return value, torch.cat(columns).mT
+    value, products = (differentiator or Differentiator())(fn, x)
+    terms = [products(probes[part]) * probes[part] for part in _groups(len(probes), x)]
+    return value, torch.cat(terms).reshape(len(probes), len(x), -1)
 
 
 def walsh_signs(row: int, size: int, like: Tensor) -> Tensor:
-    """The first `size` signs of a row of the Walsh matrix, rows in the order of the Gray code.
+    """The first `size` signs of a row of the Walsh matrix of order P = 2^k >= `size`.
 
-    w_i = (-1)^popcount(i & g) with g = row ^ (row >> 1). Probes z * w with one z and consecutive
-    rows are orthogonal to one another over 2^k >= size rows, where their mean of z^T J z is the
-    trace, and most pairs of elements cancel over far fewer: also when J changes slowly meanwhile.
+    w_i = (-1)^popcount(i & g), with g from the Gray code of the row times an odd number near
+    0.618 P, modulo P. Probes z * w with one z and any P consecutive rows are orthogonal to one
+    another, where their mean of z^T J z is the trace. Over fewer rows, and when J changes slowly
+    meanwhile, most pairs of elements cancel; the factor keeps any pair from cancelling late.
 
     Args:
-        row: in [0, 2^31); it repeats with period 2^k.
+        row: at least 0; it repeats with period P.
         size: number of signs, at most 2^31.
         like: gives dtype and device.
 
@@ -108,8 +197,10 @@ def walsh_signs(row: int, size: int, like: Tensor) -> Tensor:
 
     Source:
         Bekas, Kokiopoulou and Saad 2007, "An estimator for the diagonal of a matrix" (Hadamard
-        probes); the Gray code spreads them over the calls of a solver.
+        probes); the order of the rows is this package's.
     """
+    period = 1 << max(0, size - 1).bit_length()
+    row = row * (int(0.6180339887 * period) | 1) % period
     bits = torch.arange(size, device=like.device) & (row ^ row >> 1)
     for shift in (16, 8, 4, 2, 1):
         bits = bits ^ bits >> shift
@@ -119,35 +210,3 @@ def walsh_signs(row: int, size: int, like: Tensor) -> Tensor:
 def _groups(count: int, x: Tensor) -> Iterator[slice]:
     size = max(1, _ROOM // max(1, x.numel()))
     return (slice(first, first + size) for first in range(0, count, size))
-
-
-def _pullback(fn: Field, x: Tensor) -> tuple[Tensor, Field]:
-    """The value at `x`, and the map from cotangents [n, *x.shape] to their products with J."""
-    check_state(x)
-    with torch.enable_grad():
-        leaf = x.detach().requires_grad_()
-        value = fn(leaf)
-    check_output(value, x)
-
-    def gradient(cotangent: Tensor, batched: bool) -> Tensor:
-        (product,) = torch.autograd.grad(
-            value,
-            leaf,
-            cotangent.to(value.dtype),
-            retain_graph=True,
-            allow_unused=True,
-            is_grads_batched=batched,
-        )
-        return torch.zeros_like(cotangent) if product is None else product
-
-    def products(cotangents: Tensor) -> Tensor:
-        if not value.requires_grad:
-            return torch.zeros_like(cotangents)
-        if len(cotangents) > 1:
-            try:
-                return gradient(cotangents, batched=True)
-            except RuntimeError:
-                pass  # A compiled or custom backward pass may not be batched; one by one it is.
-        return torch.stack([gradient(cotangent, batched=False) for cotangent in cotangents])
-
-    return value.detach(), products

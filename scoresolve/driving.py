@@ -6,11 +6,12 @@ solves each; the parts are joined with one status per sample, whatever happened 
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +25,11 @@ from scoresolve.errors import (
     row_status,
     whole_number,
 )
-from scoresolve.models import Model, NetworkModel, check_output
+from scoresolve.models import Model, NetworkModel, check_output, combine, conversion
 from scoresolve.noise import NoiseSource, Purpose
 from scoresolve.plans import Plan, StepReport, check_state
-from scoresolve.sde import SDE, GaussianSDE
-from scoresolve.solvers import Integrator
+from scoresolve.sde import SDE, GaussianSDE, SchedulePoint
+from scoresolve.solvers import GaussianFlow, Integrator, Solution
 
 __all__ = [
     "Engine",
@@ -52,9 +53,15 @@ class Samples:
     Attributes:
         x: final states, [B, *event].
         status: one `Status` per sample, [B] int64.
-        nfe: network calls per chunk of the batch, counted where the model is called.
+        nfe: network evaluations of a sample, the most of any, counted where the model is called.
         times: the time grid, empty for a solver that chooses its own.
         plan: the plan that ran, None for a solver that has none.
+        calls: calls of the network, for all chunks together.
+        rows: samples evaluated in them, all calls together.
+        t, accepted, rejected: of an adaptive solver the time reached, and the steps taken and
+            refused, [B].
+        saved: states at its times to save at, [S, B, *event].
+        path: of a dense adaptive solver, `path(t)` is the state [B, *event] at time t.
     """
 
     x: Tensor
@@ -62,11 +69,18 @@ class Samples:
     nfe: int
     times: tuple[float, ...]
     plan: Plan | None
+    calls: int = 0
+    rows: int = 0
+    t: Tensor | None = None
+    accepted: Tensor | None = None
+    rejected: Tensor | None = None
+    saved: Tensor | None = None
+    path: Callable[[float], Tensor] | None = None
 
     @property
     def ok(self) -> Tensor:
-        """Which samples are good, [B] bool."""
-        return self.status == int(Status.OK)
+        """Which samples are good, [B] bool: they arrived, or their event happened."""
+        return (self.status == int(Status.OK)) | (self.status == int(Status.EVENT))
 
 
 class Given:
@@ -102,8 +116,18 @@ class Prior:
         return self.source.rows(part).normal(like, 0, Purpose.START).mul_(self.std)
 
 
+class Part(NamedTuple):
+    """What an engine made of one chunk: states, statuses, network calls, and those per sample."""
+
+    x: Tensor
+    status: Tensor
+    calls: int
+    evaluations: Tensor
+    solution: Solution | None = None
+
+
 class Engine(ABC):
-    """How one chunk is solved; returns states, statuses and network calls."""
+    """How one chunk is solved."""
 
     steps: int
     times: tuple[float, ...] = ()
@@ -117,7 +141,7 @@ class Engine(ABC):
         source: NoiseSource,
         bar: tqdm[object],
         cond: dict[str, Any],
-    ) -> tuple[Tensor, Tensor, int]:
+    ) -> Part:
         """Solve from `x`; `bar` is updated once a step, `cond` goes to the model."""
 
 
@@ -138,13 +162,14 @@ class PlanEngine(Engine):
         source: NoiseSource,
         bar: tqdm[object],
         cond: dict[str, Any],
-    ) -> tuple[Tensor, Tensor, int]:
+    ) -> Part:
         assert self.plan is not None
+        calls = torch.full(x.shape[:1], self.plan.nfe, device=x.device)
         if self.compile:
             if self.compiled is None:
                 self.compiled = self.plan.compile(model)
             result = self.compiled(x, source, **cond)
-            return result, row_status(result), self.plan.nfe
+            return Part(result, row_status(result), self.plan.nfe, calls)
 
         def report(step: StepReport) -> None:
             bar.update()
@@ -153,18 +178,24 @@ class PlanEngine(Engine):
 
         watched = self.callback is not None or not bar.disable
         result = self.plan.run(model, x, source, report if watched else None, **cond)
-        return result, row_status(result), self.plan.nfe
+        return Part(result, row_status(result), self.plan.nfe, calls)
 
 
 class IntegratorEngine(Engine):
     steps = 1
 
     def __init__(
-        self, solver: Integrator, sde: SDE, ends: tuple[float, float], denoise: bool
+        self,
+        solver: Integrator,
+        sde: SDE,
+        ends: tuple[float, float],
+        denoise: bool,
+        width: int | None = None,
     ) -> None:
         if denoise and not isinstance(sde, GaussianSDE):
             raise ArgumentError(f"denoise= needs sigma(t), which {sde} does not have: leave it out")
         self.solver, self.sde, self.ends, self.denoise = solver, sde, ends, denoise
+        self.width = width
 
     def solve(
         self,
@@ -173,7 +204,7 @@ class IntegratorEngine(Engine):
         source: NoiseSource,
         bar: tqdm[object],
         cond: dict[str, Any],
-    ) -> tuple[Tensor, Tensor, int]:
+    ) -> Part:
         def drift(state: Tensor, t: Tensor, rows: Tensor) -> Tensor:
             held = split_cond(cond, rows, x.shape[0])
             if self.solver.stochastic:
@@ -183,16 +214,50 @@ class IntegratorEngine(Engine):
             check_output(velocity, state)
             return velocity
 
-        found = self.solver.solve(drift, x, *self.ends, diffusion=self.sde.diffusion, noise=source)
-        result, status, nfe = found.x, found.status, found.nfe
-        if self.denoise:
-            t = torch.full((x.shape[0],), self.ends[1], dtype=x.dtype, device=x.device)
-            arrived = status == int(Status.OK)
-            clean, nfe = model.predict("x0", result, t, **cond), nfe + 1
-            result = torch.where(arrived.reshape(-1, *(1,) * (x.ndim - 1)), clean, result)
-            status = torch.where(arrived, row_status(result), status)
+        found = self.solver.solve(
+            drift,
+            x,
+            *self.ends,
+            diffusion=self.sde.diffusion,
+            noise=source,
+            flow=self._flow(model, cond, x.shape[0]),
+            width=self.width,
+        )
+        part = Part(found.x, found.status, found.nfe, found.evaluations, found)
         bar.update()
-        return result, status, nfe
+        return self._denoised(model, part, cond) if self.denoise else part
+
+    def _flow(self, model: Model, cond: dict[str, Any], batch: int) -> GaussianFlow | None:
+        if not isinstance(self.sde, GaussianSDE):
+            return None
+        sde = self.sde
+        source, function = model.bind("v")
+
+        def mix(x: Tensor, t: Tensor, rows: Tensor, p: Tensor, q: Tensor) -> Tensor:
+            m = function(x, t, **split_cond(cond, rows, batch))
+            check_output(m, x)
+            time = t.double().cpu()
+            if source == "flow":  # alone it needs how the schedule moves
+                at = sde.point(time)
+            else:
+                at = SchedulePoint(sde.alpha(time), sde.sigma(time), math.nan, math.nan)
+            u, w = conversion(source, (p, q), at)
+            return combine(u, x, w, m, time)
+
+        return GaussianFlow(sde, model.data_scale or 1.0, mix)
+
+    def _denoised(self, model: Model, part: Part, cond: dict[str, Any]) -> Part:
+        """The samples that arrived, after a last call to sigma = 0."""
+        batch = part.x.shape[0]
+        x, arrived, calls = part.x, part.status == int(Status.OK), part.calls
+        width = self.width or max(batch, 1)
+        for rows in torch.split(torch.arange(batch, device=x.device), width):
+            t = torch.full_like(rows, self.ends[1], dtype=x.dtype)
+            clean = model.predict("x0", x[rows], t, **split_cond(cond, rows, batch))
+            chosen = arrived[rows].reshape(-1, *(1,) * (x.ndim - 1))
+            x, calls = x.index_copy(0, rows, torch.where(chosen, clean, x[rows])), calls + 1
+        status = torch.where(arrived, row_status(x), part.status)
+        return Part(x, status, calls, part.evaluations + 1, part.solution)
 
 
 def drive(
@@ -212,7 +277,7 @@ def drive(
     """
     batch = start.batch
     size = batch if chunk is None else min(whole_number("chunk", chunk), batch)
-    parts: list[tuple[Tensor, Tensor, int]] = []
+    parts: list[Part] = []
     first = range(0, batch, size) if batch else range(1)
     total = engine.steps * len(first)
     with tqdm(total=total, disable=None if progress else True, unit="step") as bar:
@@ -221,21 +286,54 @@ def drive(
                 part = slice(begin, begin + size)
                 split = split_cond(cond, part, batch)
                 parts.append(engine.solve(model, start.rows(part), source.rows(part), bar, split))
-                if bool((parts[-1][1] == int(Status.INTERRUPTED)).any()):
+                if bool((parts[-1].status == int(Status.INTERRUPTED)).any()):
                     break
         except KeyboardInterrupt:
             if not parts:
                 raise
-    x = torch.cat([part[0] for part in parts])
-    status = torch.cat([part[1] for part in parts])
+    x = torch.cat([part.x for part in parts])
+    status = torch.cat([part.status for part in parts])
+    evaluations = spent + torch.cat([part.evaluations for part in parts])
     if missing := batch - x.shape[0]:
         x = torch.cat([x, x.new_full((missing, *x.shape[1:]), torch.nan)])
         status = torch.cat([status, status.new_full((missing,), int(Status.INTERRUPTED))])
-    nfe = spent + max(part[2] for part in parts)
-    result = Samples(x, status, nfe, engine.times, engine.plan)
+        evaluations = torch.cat([evaluations, evaluations.new_zeros(missing)])
+    solutions = [part.solution for part in parts if part.solution is not None]
+    result = Samples(
+        x,
+        status,
+        int(evaluations.max()) if batch else spent + max(part.calls for part in parts),
+        engine.times,
+        engine.plan,
+        calls=spent + sum(part.calls for part in parts),
+        rows=int(evaluations.sum()),
+        **_joined(solutions, missing),
+    )
     if raise_on_failure and not bool(result.ok.all()):
         raise failure(result, status)
     return result
+
+
+def _joined(solutions: list[Solution], missing: int) -> dict[str, Any]:
+    """What adaptive solvers tell beside the samples, for the chunks together."""
+    if not solutions:
+        return {}
+
+    def rows(parts: list[Tensor], dim: int = 0) -> Tensor:
+        x = torch.cat(parts, dim)
+        short = list(x.shape)
+        short[dim] = missing
+        fill = torch.nan if x.is_floating_point() else 0
+        return torch.cat([x, x.new_full(short, fill)], dim) if missing else x
+
+    saved = [one.saved for one in solutions if one.saved is not None]
+    return {
+        "t": rows([one.t for one in solutions]),
+        "accepted": rows([one.accepted for one in solutions]),
+        "rejected": rows([one.rejected for one in solutions]),
+        "saved": rows(saved, 1) if saved else None,
+        "path": solutions[0].path if len(solutions) == 1 else None,
+    }
 
 
 def split_cond(cond: dict[str, Any], part: slice | Tensor, batch: int) -> dict[str, Any]:
@@ -253,7 +351,7 @@ def failure(result: object, status: Tensor) -> SolveError:
     counts = {
         Status(code).name: int((status == code).sum())
         for code in sorted(set(status.tolist()))
-        if code != Status.OK
+        if code not in (Status.OK, Status.EVENT)
     }
     listed = ", ".join(f"{count} {name}" for name, count in counts.items())
     return SolveError(

@@ -82,6 +82,8 @@ class Status(IntEnum):
     STEP_LIMIT = 2
     CALL_LIMIT = 3
     INTERRUPTED = 4
+    NOISY = 5
+    EVENT = 6
 
 
 def nearest_names(name: str, known: Iterable[str], count: int = 3) -> list[str]:

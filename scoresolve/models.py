@@ -55,16 +55,23 @@ __all__ = [
 
 PREDICTIONS = ("score", "eps", "x0", "v", "flow")
 Number = float | Tensor
+Prediction = str | tuple[Number, Number]
 
 
-def prediction_rows(prediction: str, at: SchedulePoint) -> tuple[Number, Number]:
+def prediction_rows(prediction: Prediction, at: SchedulePoint) -> tuple[Number, Number]:
     """p and q of the prediction m = p x0 + q eps at one point of the schedule.
 
     For the score, which is eps / -sigma, they are those of eps, so that sigma may vanish.
 
+    Args:
+        prediction: one of `PREDICTIONS`, or p and q themselves.
+        at: the point.
+
     Raises:
         UnknownNameError: `prediction` is not in `PREDICTIONS`.
     """
+    if isinstance(prediction, tuple):
+        return prediction
     if prediction == "x0":
         return 1.0, 0.0
     if prediction in ("eps", "score"):
@@ -85,7 +92,7 @@ def _ratio(numerator: Number, denominator: Number) -> Number:
 
 
 def conversion(
-    source: str, target: str, at: SchedulePoint, target_at: SchedulePoint | None = None
+    source: str, target: Prediction, at: SchedulePoint, target_at: SchedulePoint | None = None
 ) -> tuple[Number, Number]:
     """Coefficients u, w of m_target = u x + w m_source.
 
@@ -93,7 +100,7 @@ def conversion(
     there (x0 from eps at alpha = 0, eps from x0 at sigma = 0); then a coefficient is not finite.
 
     Args:
-        source, target: names of `PREDICTIONS`.
+        source, target: names of `PREDICTIONS`; the target may also be any p and q.
         at: the schedule where `x` and the source prediction live.
         target_at: the schedule of the target prediction, at the same log-SNR; `at` if omitted.
 
@@ -114,7 +121,8 @@ def conversion(
         return 0.0, 1.0
     u: Number = 0.0
     w: Number = 1.0
-    if not {source, target} <= {"eps", "score"}:
+    noises = ("eps", "score")
+    if not (source in noises and target in noises):
         determinant = at.alpha * q_a - at.sigma * p_a
         u = _ratio(p_b * q_a - q_b * p_a, determinant)
         w = _ratio(at.alpha * q_b - at.sigma * p_b, determinant)

@@ -176,7 +176,8 @@ def sample(
         seed: seed of the counter-based noise; sample i is the same whatever the batch or chunk.
         noise: a noise source, a `torch.Generator`, or a callable `noise(x, t, s)` instead of
             `seed`.
-        chunk: samples to work on at a time; all if omitted.
+        chunk: samples to work on at a time; all if omitted. An adaptive solver keeps so many in
+            the batch, and the next ones enter as others arrive.
         callback: called with a `StepReport` after every step.
         progress: show a progress bar (only on a terminal).
         compile: compile the whole plan with `torch.compile`.
@@ -243,7 +244,8 @@ def sample(
         refuse(resolved, steps=steps, nfe=nfe, grid=grid, callback=callback, compile=compile)
         ends = (sde.T if t_start is None else t_start, sde.t_min if t_end is None else t_end)
         Grid(ends).check(sde)
-        engine = IntegratorEngine(resolved, sde, ends, bool(denoise))
+        width, chunk = (chunk, None) if resolved.refills else (None, chunk)
+        engine = IntegratorEngine(resolved, sde, ends, bool(denoise), width)
     with torch.set_grad_enabled(gradients):
         return drive(engine, model, start, source, chunk, progress, raise_on_failure, cond, spent)
 
@@ -253,7 +255,7 @@ def encode(
     sde: SDE,
     x: Tensor,
     *,
-    solver: str | Solver | Integrator = "dopri5",
+    solver: str | Solver | Integrator = "adams",
     steps: int | None = None,
     nfe: int | None = None,
     grid: str | Times | None = None,

@@ -15,15 +15,17 @@ __all__ = ["BrownianPath"]
 
 
 class BrownianPath(NoiseSource):
-    r"""One Brownian path per sample on [t0, t1], the same whatever the steps that read it.
+    """One Brownian path per sample on [t0, t1], the same whatever the steps that read it.
 
-    The Levy-Ciesielski sum over dyadic intervals, with `T = t1 - t0` and `u = (t - t0) / T`,
+    Levy's sum over halved intervals. On one from a to b with the middle m, W is what the ends say,
+    and a hat of height sqrt((m - a) (b - m)/(b - a)) at m, times a normal of its own:
 
-        W(t) = sqrt(T) u z_0 + sum_{l < L} sqrt(T / 2^l) min(v_l, 1 - v_l) z_{l, i_l}
-               + sqrt(T / 2^L) sqrt(v_L (1 - v_L)) z_{L, i_L},   u 2^l = i_l + v_l,
+        W(t) = (t - t0)/sqrt(t1 - t0) z_0 + sum_{l < L} hat_l(t) z_{l, i_l}
+               + sqrt((t - a_L) (b_L - t)/(b_L - a_L)) z_{L, i_L},
 
-    where the normal `z_{l, i}` is the draw `2^l + i` of the sample's Brownian stream. The law of
-    `W` is exact except between two times in one interval of length `T / 2^L <= tolerance`.
+    where i_l is the number of the interval of level l that holds t, and the normal `z_{l, i}` the
+    draw `2^l + i` of the sample's Brownian stream. Intervals are halved in t or, if `geometric`, in
+    log t. The law of `W` is exact except between two times in one interval of the last level.
 
     As a `NoiseSource` it answers `normal(..., times=(t, s))` for `Purpose.SOLVER` with
     `(W(s) - W(t)) / sqrt|s - t|`, and hands all else to `noise`.
@@ -32,8 +34,11 @@ class BrownianPath(NoiseSource):
         noise: the source of the node normals.
         t0: start of the interval, where W = 0.
         t1: end of the interval, above t0.
-        tolerance: smallest distance of two times that must be resolved, at least `T / 2^31`;
-            a draw costs about `2 log2(T / tolerance)` normals. Default: `T / 2^24`.
+        tolerance: smallest distance of two times that must be resolved, in log t if `geometric`,
+            at least a share 2^-31 of the whole; a draw costs about `2 log2(whole / tolerance)`
+            normals. Default: a share 2^-24.
+        geometric: whether intervals are halved in log t, so that early times are resolved as well
+            as late ones; needs t0 > 0.
 
     Raises:
         ArgumentError: the interval is empty or not finite, or the tolerance out of range.
@@ -43,9 +48,19 @@ class BrownianPath(NoiseSource):
         Motion and Stochastic Calculus", section 2.3.
     """
 
-    def __init__(self, noise: Philox, t0: float, t1: float, tolerance: float | None = None) -> None:
-        self.noise, self.t0, self.t1 = noise, float(t0), float(t1)
-        self.length = self.t1 - self.t0
+    def __init__(
+        self,
+        noise: Philox,
+        t0: float,
+        t1: float,
+        tolerance: float | None = None,
+        *,
+        geometric: bool = False,
+    ) -> None:
+        self.noise, self.t0, self.t1, self.geometric = noise, float(t0), float(t1), geometric
+        if geometric and not 0 < self.t0 < self.t1:
+            raise ArgumentError(f"a geometric Brownian path on [{t0}, {t1}]: give 0 < t0 < t1")
+        self.length = math.log(self.t1 / self.t0) if geometric else self.t1 - self.t0
         if not 0 < self.length < math.inf:
             raise ArgumentError(
                 f"a Brownian path on [{t0}, {t1}] has no length: give finite t0 < t1"
@@ -54,7 +69,7 @@ class BrownianPath(NoiseSource):
         if not self.length * 2.0**-31 <= self.tolerance < math.inf:
             raise ArgumentError(
                 f"tolerance {tolerance} cannot be resolved on [{t0}, {t1}]: "
-                f"give at least (t1 - t0) / 2**31 = {self.length * 2.0**-31:.3g}"
+                f"give at least {self.length * 2.0**-31:.3g}"
             )
         self.levels = max(0, math.ceil(math.log2(self.length / self.tolerance)))
 
@@ -120,7 +135,8 @@ class BrownianPath(NoiseSource):
 
     def rows(self, index: slice | Tensor) -> BrownianPath:
         """The same paths for the samples `index`."""
-        return BrownianPath(self.noise.rows(index), self.t0, self.t1, self.tolerance)
+        noise, ends = self.noise.rows(index), (self.t0, self.t1)
+        return BrownianPath(noise, *ends, self.tolerance, geometric=self.geometric)
 
     def _times(self, t: float | Tensor, like: Tensor) -> Tensor:
         time = torch.as_tensor(t, dtype=torch.float64).detach()
@@ -129,7 +145,7 @@ class BrownianPath(NoiseSource):
                 f"times of shape {tuple(time.shape)} for x of shape {tuple(like.shape)}: "
                 "give a float or one time per sample"
             )
-        slack = 1e-6 * self.length
+        slack = 1e-6 * (self.t1 - self.t0)
         if not bool(((time >= self.t0 - slack) & (time <= self.t1 + slack)).all()):
             raise ArgumentError(
                 f"time {t} is outside the path's interval [{self.t0}, {self.t1}]: "
@@ -139,15 +155,24 @@ class BrownianPath(NoiseSource):
 
     def _nodes(self, time: Tensor) -> tuple[Tensor, Tensor]:
         """Draw numbers and weights of the sum above, both [levels + 2, n] for times [n]."""
-        unit = (time - self.t0) / self.length
+        share = (time / self.t0).log() if self.geometric else time - self.t0
+        unit = (share / self.length).clamp(0, 1)
         count = 2.0 ** torch.arange(self.levels + 1, dtype=unit.dtype, device=unit.device)[:, None]
-        index = (unit * count).floor()
-        v = unit * count - index
-        hat = torch.minimum(v, 1 - v)
-        hat[-1] = (v[-1] * (1 - v[-1])).sqrt()
+        index = (unit * count).floor().minimum(count - 1)
+        a, m, b = (self._place((index + part) / count) for part in (0.0, 0.5, 1.0))
+        inside = time.clamp(a, b)  # their places are rounded
+        hat = torch.minimum((inside - a) / (m - a), (b - inside) / (b - m))
+        hat = hat * ((m - a) * (b - m) / (b - a)).sqrt()
+        hat[-1] = ((inside - a) * (b - inside) / (b - a)).sqrt()[-1]
         nodes = torch.cat((torch.zeros_like(unit)[None], count + index))
-        weights = torch.cat((unit[None], hat / count.sqrt())) * math.sqrt(self.length)
-        return nodes.to(torch.int64), weights
+        line = (time - self.t0) / math.sqrt(self.t1 - self.t0)
+        return nodes.to(torch.int64), torch.cat((line[None], hat))
+
+    def _place(self, unit: Tensor) -> Tensor:
+        """The time at which a share of the way is done."""
+        if self.geometric:
+            return self.t0 * (unit * self.length).exp()
+        return self.t0 + unit * self.length
 
 
 def _lift(rows: Tensor, like: Tensor) -> Tensor:

@@ -1,7 +1,17 @@
 """Solvers, one file a family, and the registry of their names."""
 
 from scoresolve.solvers.adams import DEIS, Adams, AdamsBashforth, ExponentialAdams
-from scoresolve.solvers.adaptive import DormandPrince
+from scoresolve.solvers.adaptive import (
+    Adaptive,
+    AdaptiveAdams,
+    AdaptiveDPMSolver,
+    AdaptiveSDE,
+    BogackiShampine,
+    DormandPrince,
+    DormandPrince853,
+    GottaGoFast,
+    Tsitouras,
+)
 from scoresolve.solvers.ancestral import DPM2Ancestral, DPMSolverPP2SAncestral
 from scoresolve.solvers.base import Solver
 from scoresolve.solvers.bridges import TorchDiffEq, TorchSDE
@@ -21,7 +31,7 @@ from scoresolve.solvers.exponential import (
     SDEDPMSolverPPS,
 )
 from scoresolve.solvers.forms import FORMS, Form, data_form, noise_form, scaled_form
-from scoresolve.solvers.integrator import Integrator, Solution
+from scoresolve.solvers.integrator import GaussianFlow, Integrator, Solution
 from scoresolve.solvers.multistep import IPNDM, PNDM, DPMSolverPP, GradientEstimation, UniPC
 from scoresolve.solvers.registry import ALIASES, REGISTRY, get_solver, nfe_rule, noise_rule
 from scoresolve.solvers.renoising import Churn, Consistency, Resampling, Restart
@@ -56,7 +66,12 @@ __all__ = [
     "SRA1",
     "Adams",
     "AdamsBashforth",
+    "Adaptive",
+    "AdaptiveAdams",
+    "AdaptiveDPMSolver",
+    "AdaptiveSDE",
     "AnnealedCorrector",
+    "BogackiShampine",
     "Churn",
     "Consistency",
     "Corrector",
@@ -67,10 +82,13 @@ __all__ = [
     "DPMSolverPP2SAncestral",
     "DPMSolverPPS",
     "DormandPrince",
+    "DormandPrince853",
     "EulerMaruyama",
     "ExponentialAdams",
     "FlowSDE",
     "Form",
+    "GaussianFlow",
+    "GottaGoFast",
     "GradientEstimation",
     "Integrator",
     "LangevinCorrector",
@@ -89,6 +107,7 @@ __all__ = [
     "StochasticHeun",
     "TorchDiffEq",
     "TorchSDE",
+    "Tsitouras",
     "UniPC",
     "WeakRungeKutta",
     "data_form",

@@ -24,7 +24,7 @@ from scoresolve.errors import ArgumentError, Status, UnknownNameError, row_statu
 from scoresolve.noise import NoiseSource, Purpose
 from scoresolve.sde.base import TimeLike, expand
 from scoresolve.solvers.adaptive import BoundedDrift, CallLimit, unmoved
-from scoresolve.solvers.integrator import Integrator, RowDrift, Solution
+from scoresolve.solvers.integrator import GaussianFlow, Integrator, RowDrift, Solution
 
 __all__ = ["StepNoise", "TorchDiffEq", "TorchSDE"]
 
@@ -92,8 +92,11 @@ class TorchDiffEq(Integrator):
         t_end: float,
         diffusion: Callable[[Tensor], Tensor] | None = None,
         noise: NoiseSource | None = None,
+        *,
+        flow: GaussianFlow | None = None,
+        width: int | None = None,
     ) -> Solution:
-        """Integrate dx = drift(x, t) dt; `diffusion` and `noise` are not read."""
+        """Integrate dx = drift(x, t) dt; the other arguments are not read."""
         from torchdiffeq import odeint  # half a second, because of scipy
 
         field = BoundedDrift(drift, x, t_start, t_end, self.max_calls)
@@ -131,7 +134,7 @@ class TorchDiffEq(Integrator):
                     status[rows] = int(Status.STEP_LIMIT)
                     break
                 rows = rows[~run.broken]
-        return trail.solution(x, t_end, field.calls, status, self.method in self.ADAPTIVE)
+        return trail.solution(x, t_end, field, status, self.method in self.ADAPTIVE)
 
     def _options(self, times: Tensor) -> dict[str, object]:
         if self.steps is None:
@@ -193,6 +196,9 @@ class TorchSDE(Integrator):
         t_end: float,
         diffusion: Callable[[Tensor], Tensor] | None = None,
         noise: NoiseSource | None = None,
+        *,
+        flow: GaussianFlow | None = None,
+        width: int | None = None,
     ) -> Solution:
         """Integrate dx = drift(x, t) dt + diffusion(t) dw.
 
@@ -223,7 +229,7 @@ class TorchSDE(Integrator):
             trail.see(x_end.reshape(x.shape), t_end, trail.all)
         except CallLimit:
             status[:] = int(Status.CALL_LIMIT)
-        return trail.solution(x, t_end, field.calls, status, False)
+        return trail.solution(x, t_end, field, status, False)
 
 
 class StepNoise:
@@ -286,13 +292,21 @@ class _Trail:
         return moved
 
     def solution(
-        self, x: Tensor, t_end: float, calls: int, status: Tensor, adaptive: bool
+        self, x: Tensor, t_end: float, field: BoundedDrift, status: Tensor, adaptive: bool
     ) -> Solution:
         """Where the rows are; those that neither arrived nor have another status are not finite."""
         lost = (status == Status.OK) & (self.t != t_end)
         status = torch.where(lost, int(Status.NONFINITE), status)
         rejected = self.attempted - self.accepted if adaptive else torch.zeros_like(self.all)
-        return Solution(self.x.to(x.dtype), self.t, status, calls, self.accepted, rejected)
+        return Solution(
+            self.x.to(x.dtype),
+            self.t,
+            status,
+            field.calls,
+            self.accepted,
+            rejected,
+            field.evaluations.to(x.device),
+        )
 
 
 class _Run:

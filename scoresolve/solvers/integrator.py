@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from scoresolve.noise import NoiseSource
+from scoresolve.sde import GaussianSDE
 
-__all__ = ["Integrator", "RowDrift", "Solution"]
+__all__ = ["GaussianFlow", "Integrator", "RowDrift", "Solution"]
 
 RowDrift = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -30,6 +31,9 @@ class Solution:
         nfe: calls of the drift (each for a whole batch).
         accepted: accepted steps per row, [B] int64.
         rejected: rejected steps per row, [B] int64.
+        evaluations: calls that each row was in, [B] int64.
+        saved: states at the times to save at, [S, B, *event], if any.
+        path: `path(t)` is the state at time t, if it was kept.
     """
 
     x: Tensor
@@ -38,6 +42,25 @@ class Solution:
     nfe: int
     accepted: Tensor
     rejected: Tensor
+    evaluations: Tensor
+    saved: Tensor | None = None
+    path: Callable[[float], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class GaussianFlow:
+    """What a solver of a Gaussian process may use beside its drift.
+
+    Attributes:
+        sde: the process.
+        scale: noise level sigma/alpha where the modes of the data part, `Model.data_scale`.
+        mix: callable (x [b, *event], t [b], rows [b], p [b], q [b]) -> p x0 + q eps, the model's
+            estimates of the clean data and the noise.
+    """
+
+    sde: GaussianSDE
+    scale: float
+    mix: Callable[..., Tensor]
 
 
 class Integrator(ABC):
@@ -48,12 +71,14 @@ class Integrator(ABC):
         order: nominal order of accuracy.
         stochastic: whether it integrates the reverse SDE instead of the probability flow.
         source: paper or library.
+        refills: whether `solve` keeps `width` rows in the batch, as long as some are waiting.
     """
 
     name: str
     order: float
     stochastic: bool = False
     source: str
+    refills: bool = False
 
     @abstractmethod
     def solve(
@@ -64,6 +89,9 @@ class Integrator(ABC):
         t_end: float,
         diffusion: Callable[[Tensor], Tensor] | None = None,
         noise: NoiseSource | None = None,
+        *,
+        flow: GaussianFlow | None = None,
+        width: int | None = None,
     ) -> Solution:
         """Integrate from `t_start` to `t_end`.
 
@@ -75,6 +103,8 @@ class Integrator(ABC):
             t_start, t_end: times, either one may be the larger.
             diffusion: g(t), [B] -> [B]; needed by a stochastic integrator.
             noise: source of randomness; needed by a stochastic integrator.
+            flow: the process, where it is Gaussian.
+            width: rows to work on at a time, for one that refills; all if omitted.
         """
 
     def __repr__(self) -> str:

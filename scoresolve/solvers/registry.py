@@ -14,7 +14,16 @@ from scoresolve.grid import make_grid
 from scoresolve.plans import Custom, Draw, trace
 from scoresolve.sde import VP
 from scoresolve.solvers.adams import DEIS, AdamsBashforth, ExponentialAdams
-from scoresolve.solvers.adaptive import DormandPrince
+from scoresolve.solvers.adaptive import (
+    AdaptiveAdams,
+    AdaptiveDPMSolver,
+    AdaptiveSDE,
+    BogackiShampine,
+    DormandPrince,
+    DormandPrince853,
+    GottaGoFast,
+    Tsitouras,
+)
 from scoresolve.solvers.ancestral import DPM2Ancestral, DPMSolverPP2SAncestral
 from scoresolve.solvers.base import Solver
 from scoresolve.solvers.bridges import TorchDiffEq, TorchSDE
@@ -109,7 +118,15 @@ REGISTRY: dict[str, Callable[[], Solver | Integrator]] = {
     "consistency": Consistency,
     "pc": lambda: PredictorCorrector(ReverseDiffusion(), LangevinCorrector()),
     "pc_annealed": lambda: PredictorCorrector(ReverseDiffusion(), AnnealedCorrector()),
+    "adams": AdaptiveAdams,
+    "bosh3": BogackiShampine,
     "dopri5": DormandPrince,
+    "tsit5": Tsitouras,
+    "dop853": DormandPrince853,
+    "dpm_solver_12": lambda: AdaptiveDPMSolver(order=2),
+    "dpm_solver_23": AdaptiveDPMSolver,
+    "adaptive_sde": AdaptiveSDE,
+    "gotta_go_fast": GottaGoFast,
     **{
         f"torchdiffeq_{method}": partial(TorchDiffEq, method)
         for method in ("dopri5", "dopri8", "bosh3")
@@ -121,6 +138,7 @@ REGISTRY: dict[str, Callable[[], Solver | Integrator]] = {
 ALIASES = {
     "dpm_solver_1": "ddim",
     "dpm_2": "dpm_solver_2",
+    "dpm_adaptive": "dpm_solver_23",
     "deis": "deis_tab3",
     "deis_tab1": "ddim",
     "deis_rhoab1": "ddim",

@@ -1,0 +1,260 @@
+"""State and integral of the divergence as one state [B, D + K], for a solver chosen by hand.
+
+    d/dt (x, l) = (v, div v),    log p_0(x_0) = log p_T(x_T) + l(T)
+
+K = 1 column for the exact divergence, or one for each Hutchinson probe, whose spread then tells the
+standard error. Any process and any deterministic solver will do that steps in x itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+from tqdm import tqdm
+
+from scoresolve.divergence import Differentiator, exact_divergence, hutchinson, walsh_signs
+from scoresolve.driving import Engine, IntegratorEngine, Part, PlanEngine, Samples, split_cond
+from scoresolve.errors import ArgumentError, GridError, ShapeError
+from scoresolve.grid import Grid, as_grid
+from scoresolve.likelihood.result import Likelihood
+from scoresolve.models import Model, check_output, conversion
+from scoresolve.noise import NoiseSource, Purpose
+from scoresolve.plans import Call, Combine, Mark, Plan
+from scoresolve.sampling import Times, grid_for, plan, refuse
+from scoresolve.sde import EDM, SDE, VE, GaussianSDE, TimeLike, as_time, expand
+from scoresolve.solvers import REGISTRY, Integrator, Solver
+
+__all__ = ["DEFAULT_NFE", "JointEngine", "JointFlow", "Prior", "joint_engine", "joint_result"]
+
+DEFAULT_NFE = 100
+
+Prior = Distribution | Callable[[Tensor], Tensor]
+
+
+class JointFlow(Model):
+    """The velocity of joint states [b, D + K], x and K integrals, as a model of "flow".
+
+    Its one condition is `rows` [b], the places of the states in the batch: solvers drop samples
+    that have arrived, and each has conditions and probes of its own.
+
+    Attributes:
+        forwards: network evaluations of each sample so far, [B] int64.
+    """
+
+    sde = None
+
+    def __init__(
+        self,
+        model: Model,
+        sde: SDE,
+        x: Tensor,
+        probes: int,
+        turning: bool,
+        cond: dict[str, Any],
+        differentiator: Differentiator,
+    ) -> None:
+        self.process, self.cond, self.turning = sde, cond, turning
+        self.model, self.differentiator = model, differentiator
+        self.batch, self.event, self.dtype = x.shape[0], x.shape[1:], x.dtype
+        self.size, self.probe_count = math.prod(self.event), probes
+        self.forwards = torch.zeros(self.batch, dtype=torch.int64, device=x.device)
+
+    def join(self, x: Tensor) -> Tensor:
+        """The joint state of data [B, *event] before any step, at least float32."""
+        flat = x.reshape(self.batch, self.size).to(torch.promote_types(x.dtype, torch.float32))
+        return torch.cat([flat, flat.new_zeros(self.batch, max(1, self.probe_count))], 1)
+
+    def latent(self, state: Tensor) -> Tensor:
+        """x [b, *event] of joint states, as the network gets it."""
+        return state[:, : self.size].to(self.dtype).reshape(-1, *self.event)
+
+    def begin(self, state: Tensor, source: NoiseSource, rows: Tensor) -> None:
+        """Take up the chunk `state` of the batch's `rows`, which draw from `source`."""
+        x = self.latent(state)
+        draws = [source.signs(x, draw, Purpose.PROBE) for draw in range(self.probe_count)]
+        self.probes = torch.stack(draws) if draws else None
+        self.first, self.calls = rows[:1], 0
+
+    def predict(self, prediction: str, x: Tensor, t: TimeLike, **cond: Any) -> Tensor:
+        """d/dt of the joint state `x` at `t` [b]; `prediction` is "flow"."""
+        state, rows = self.latent(x), cond["rows"]
+        held = split_cond(self.cond, rows, self.batch)
+        self.forwards[rows] += 1
+
+        if isinstance(self.process, GaussianSDE):
+            prediction, network = self.model.bind("flow")
+            time = as_time(t, state)
+            u, w = (
+                torch.as_tensor(c).expand(len(x)).to(state)
+                for c in conversion(prediction, "flow", self.process.point(time))
+            )
+        else:  # the drift may be anything, so it is differentiated with the network
+            network = partial(self.model.predict, "flow")
+            u, w = state.new_zeros(len(x)), state.new_ones(len(x))
+
+        def field(y: Tensor) -> Tensor:
+            m: Tensor = network(y, t, **held)
+            check_output(m, y)
+            return m
+
+        if self.probes is None:
+            m, divergence = exact_divergence(field, state, self.differentiator)
+            columns = divergence[:, None]
+        else:
+            probes = self.probes[:, rows - self.first]
+            if self.turning:
+                probes = probes * walsh_signs(self.calls, self.size, state).reshape(self.event)
+            m, terms = hutchinson(field, state, probes, self.differentiator)
+            columns = terms.sum(2).mT
+        v = expand(u, state, u) * state + expand(w, state, w) * m
+        columns = (self.size * u)[:, None] + w[:, None] * columns
+        self.calls += 1
+        flat = v.reshape(len(x), self.size)
+        return torch.cat([flat.to(x.dtype), columns.to(x.dtype)], 1)
+
+
+class _InTime(IntegratorEngine):
+    """Hands a solver the drift alone: a joint state has no clean data and noise of its own."""
+
+    def _flow(self, model: Model, cond: dict[str, Any], batch: int) -> None:
+        return None
+
+
+class JointEngine(Engine):
+    """An engine that gives a joint flow the noise of each chunk before solving it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.steps, self.times, self.plan = engine.steps, engine.times, engine.plan
+
+    def solve(
+        self,
+        model: Model,
+        x: Tensor,
+        source: NoiseSource,
+        bar: tqdm[object],
+        cond: dict[str, Any],
+    ) -> Part:
+        assert isinstance(model, JointFlow)
+        model.begin(x, source, cond["rows"])
+        return self.engine.solve(model, x, source, bar, cond)
+
+
+def joint_result(
+    run: Samples, flow: JointFlow, sde: SDE, t_end: float, prior: Prior | None
+) -> Likelihood:
+    """The likelihood of joint states that were solved up to `t_end`.
+
+    Args:
+        run: the states.
+        flow: their flow.
+        sde: the process.
+        t_end: where they are.
+        prior: the law there; if omitted the process's prior, its standard deviation scaled by
+            sigma(t_end) / sigma(T).
+
+    Raises:
+        ShapeError: the prior's log-density is not [B].
+    """
+    flat, columns = run.x[:, : flow.size], run.x[:, flow.size :]
+    log_det = columns.mean(1)
+    at = torch.where(run.ok[:, None], flat, 0)
+    if prior is not None:
+        latent = at.reshape(-1, *flow.event)
+        density = prior.log_prob(latent) if isinstance(prior, Distribution) else prior(latent)
+        if density.shape != log_det.shape:
+            raise ShapeError(
+                f"the prior's log-density has shape {tuple(density.shape)} for {len(at)} samples: "
+                "give one that reduces the event, such as torch.distributions.Independent"
+            )
+    else:
+        assert isinstance(sde, GaussianSDE)
+        scale = float(sde.sigma(t_end) / sde.sigma(sde.T))
+        usual = sde.prior((flow.batch, flow.size), dtype=flat.dtype, device=flat.device)
+        density = usual.log_prob(at / scale) - flow.size * math.log(scale)
+    if flow.probe_count == 0:
+        error = torch.zeros_like(log_det)
+    elif flow.probe_count == 1:
+        error = torch.full_like(log_det, torch.nan)
+    else:
+        error = columns.std(1) / math.sqrt(flow.probe_count)
+    return Likelihood(
+        log_prob=torch.where(run.ok, density + log_det, torch.nan),
+        standard_error=torch.where(run.ok, error, torch.nan),
+        latent=flow.latent(run.x),
+        status=run.status,
+        nfe=run.nfe,
+        forwards=flow.forwards,
+        products=flow.forwards * (flow.probe_count or flow.size),
+        log_det=torch.where(run.ok, log_det, torch.nan),
+    )
+
+
+def joint_engine(
+    solver: Solver | Integrator,
+    sde: SDE,
+    start: float,
+    end: float,
+    steps: int | None,
+    nfe: int | None,
+    grid: str | Times | None,
+) -> Engine:
+    """What solves the joint flow, from data to noise.
+
+    Raises:
+        ArgumentError: the solver does not step in x itself, or a budget does not go with it.
+        GridError: times that decrease or leave the process.
+    """
+    if isinstance(solver, Integrator):
+        refuse(solver, steps=steps, nfe=nfe, grid=grid)
+        times = Grid((start, end))
+    elif grid is None or isinstance(grid, str):
+        name = grid or ("karras" if isinstance(sde, VE | EDM) else "quadratic")
+        calls = DEFAULT_NFE if steps is None and nfe is None else nfe
+        times = grid_for(solver, sde, grid=name, steps=steps, nfe=calls, t_start=start, t_end=end)
+    else:
+        times = as_grid(grid, False)
+    check_direction(times, sde)
+    if isinstance(solver, Integrator):
+        engine: Engine = _InTime(solver, sde, (start, end), False)
+        engine.times = times.times
+        return engine
+    return PlanEngine(_flow_plan(solver, sde, times), None, False)
+
+
+def check_direction(times: Grid, sde: SDE) -> None:
+    """Raise `GridError` unless the times lie inside the process and increase."""
+    times.check(sde)
+    start, end = times.times[0], times.times[-1]
+    if start > end:
+        raise GridError(
+            f"the times fall from {start:g} to {end:g}: a likelihood follows data to noise, "
+            "give increasing times"
+        )
+
+
+def _flow_plan(solver: Solver, sde: SDE, grid: Grid) -> Plan:
+    """The solver's plan, if it is x' = x + sum b_k m_k with velocities m_k alone."""
+    traced = plan(solver, sde, grid)
+    share, fits = {0: 1.0}, True
+    for stage in traced.stages:
+        if isinstance(stage, Call):
+            share[stage.out] = 0.0
+            fits &= stage.prediction == "flow" and abs(share[stage.x] - 1) < 1e-9
+        elif isinstance(stage, Combine):
+            share[stage.out] = sum(c * share[register] for register, c in stage.terms)
+        else:
+            fits &= isinstance(stage, Mark)
+    if not fits or abs(share[traced.output] - 1) > 1e-9:
+        known = [n for n, make in REGISTRY.items() if getattr(make(), "predicts", "") == "flow"]
+        raise ArgumentError(
+            f"{solver.name!r} does not step in x itself, so it cannot carry the divergence: take "
+            f"an adaptive solver such as 'dopri5', or one of {', '.join(map(repr, known))}"
+        )
+    return traced

@@ -1,0 +1,282 @@
+r"""One pass along the nodes: the path, the trace at every node, and what tells their errors.
+
+The slopes dy/du at past nodes predict the next state (Adams-Bashforth); the call made there
+corrects it (Adams-Moulton) and gives the trace. Two groups of Rademacher probes, z_g with
+g = 1, 2, turned for every product by another row of a Walsh matrix, give
+
+    v_g = sum over nodes and probes of w z (J^T z),   int tr J dlog k = sum_i (v_1 + v_2)_i/2.
+
+The means of v_1 and v_2 agree element by element, the diagonal of one matrix, and their noise is
+independent: |v_1 - v_2|^2 / 2 is an unbiased estimate of the variance, with D degrees of freedom.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scoresolve.divergence import Differentiator, exact_divergence, hutchinson, walsh_signs
+from scoresolve.driving import split_cond
+from scoresolve.likelihood.nodes import ORDER, Nodes
+from scoresolve.models import Model, check_output, conversion
+from scoresolve.sde import GaussianSDE, as_time
+
+__all__ = ["Field", "Walk", "walk"]
+
+_END = math.sqrt(math.pi / 2)
+Observer = Callable[[int, Tensor], None]
+
+
+class Field:
+    """dy/dlog k of a model and the terms of its divergence, for rows of a batch.
+
+    Args:
+        model: a model of `sde`.
+        sde: the process.
+        cond: conditions; tensors whose first axis is `batch` follow their rows.
+        batch: B, the size of the whole batch.
+        differentiator: takes the products.
+
+    Attributes:
+        calls: network calls so far.
+        forwards, products: of each row so far, [B] int64.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        sde: GaussianSDE,
+        cond: dict[str, Any],
+        batch: int,
+        differentiator: Differentiator,
+        device: torch.device,
+    ) -> None:
+        self.prediction, self.network = model.bind("x0")
+        self.sde, self.cond, self.batch, self.differentiator = sde, cond, batch, differentiator
+        self.calls = 0
+        self.forwards = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.products = torch.zeros_like(self.forwards)
+
+    def at(
+        self,
+        nodes: Nodes,
+        n: int,
+        y: Tensor,
+        rows: Tensor,
+        probes: Tensor | None,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        """The slope dy/dlog k and terms of minus its divergence.
+
+        Args:
+            nodes, n: where on the path.
+            y: the state, [b, *event].
+            rows: places in the batch, [b].
+            probes: [K, b, *event] for terms [K, b, D]; None for the exact sum, [1, b, 1].
+            dtype: of the network's input.
+        """
+        radius, alpha = float(nodes.radius[n]), float(nodes.alpha[n])
+        x = (radius * y).to(dtype)
+        t = torch.full((len(x),), float(nodes.times[n]), dtype=dtype, device=x.device)
+        held = split_cond(self.cond, rows, self.batch)
+        u, w = conversion(self.prediction, "x0", self.sde.point(as_time(float(nodes.times[n]))))
+        shift = alpha * float(u) - (nodes.c * alpha / radius) ** 2
+        scale = alpha * float(w)
+
+        def network(state: Tensor) -> Tensor:
+            m = self.network(state, t, **held)
+            check_output(m, state)
+            return m
+
+        self.calls += 1
+        self.forwards[rows] += 1
+        size = math.prod(x.shape[1:])
+        if probes is None:
+            self.products[rows] += size
+            m, divergence = exact_divergence(network, x, self.differentiator)
+            terms = (shift * size + scale * divergence.to(y.dtype))[None, :, None]
+        else:
+            self.products[rows] += len(probes)
+            m, found = hutchinson(network, x, probes, self.differentiator)
+            terms = shift + scale * found.to(y.dtype)
+        return -(shift * y + scale / radius * m.to(y.dtype)), terms
+
+
+@dataclass
+class Walk:
+    """What a pass found for the rows that it finished.
+
+    Attributes:
+        rows: their places in the batch, [b].
+        end: y at infinity for a pass to noise, x at 0 for one to data, [b, *event].
+        last: y at the last time of the process, [b, *event].
+        integral: of the trace over log k, [b].
+        error: its standard error, [b].
+        coarse: the same integral by every second node, [b].
+        path: estimated error of the path in nats, [b].
+        first, final: the trace at the first and last node, [b].
+        dropped: places of the rows that the nodes are too few for.
+    """
+
+    rows: Tensor
+    end: Tensor
+    last: Tensor
+    integral: Tensor
+    error: Tensor
+    coarse: Tensor
+    path: Tensor
+    first: Tensor
+    final: Tensor
+    dropped: Tensor
+
+
+def walk(
+    field: Field,
+    nodes: Nodes,
+    start: Tensor,
+    rows: Tensor,
+    signs: Tensor | None,
+    counts: Sequence[int],
+    *,
+    to_noise: bool = True,
+    tolerance: float = math.inf,
+    observe: Observer | None = None,
+) -> Walk:
+    """Follow the flow along the nodes.
+
+    Args:
+        field: the slopes.
+        nodes: the nodes.
+        start: data x [b, *event], or for a pass to data the state y at infinity.
+        rows: places of `start` in the batch, [b].
+        signs: z_1, z_2, [2, b, *event]; None for the exact trace.
+        counts: pairs of probes at each node.
+        to_noise: the direction.
+        tolerance: a row leaves when its corrector moves x' by more than that times k.
+        observe: called at every node with its number and the terms.
+    """
+    dtype, size = start.dtype, math.prod(start.shape[1:])
+    work = torch.promote_types(dtype, torch.float32)
+    y = start.to(work)
+    sums = y.new_zeros(1 if signs is None else 2, len(y), 1 if signs is None else size)
+    state = {
+        "rows": rows,
+        "sums": sums.transpose(0, 1),
+        "coarse": y.new_zeros(len(y)),
+        "last": y.clone(),
+        "path": y.new_zeros(len(y)),
+        "first": y.new_zeros(len(y)),
+        "final": y.new_zeros(len(y)),
+    }
+    if signs is not None:
+        state["signs"] = signs.transpose(0, 1)
+    past: list[int] = []
+    slopes: list[Tensor] = []
+    dropped: list[Tensor] = []
+    turned = 0
+
+    def ahead(to: float, most: int = ORDER) -> Tensor:
+        used = past[-most:]
+        weights = nodes.weights_between(used, at, to)
+        return sum(
+            (float(a) * f for a, f in zip(weights, slopes[-len(used) :], strict=True)), 0 * y
+        )
+
+    order = range(len(nodes)) if to_noise else range(len(nodes) - 1, -1, -1)
+    at = 0.0 if to_noise else _END
+    for n in order:
+        k, radius, here = float(nodes.k[n]), float(nodes.radius[n]), float(nodes.clock[n])
+        size_y = radius / float(nodes.alpha[n])  # x'/y
+        begin = not past
+        first_guess = y / size_y if to_noise else y
+        predicted = first_guess if begin else y + ahead(here)
+        probes = None
+        if signs is not None:
+            probes = _turned(state["signs"], turned, counts[n])
+            turned += counts[n]
+        slope, terms = field.at(nodes, n, predicted, state["rows"], probes, dtype)
+        past = [*past[-ORDER + 1 :], n]
+        slopes = [*slopes[-ORDER + 1 :], float(nodes.rate[n]) * slope]
+        pull = slope + (k / size_y) ** 2 * predicted  # -(x0 - x')/size_y
+        move: Tensor | None = None
+        if begin and to_noise:
+            y = predicted + pull / 2
+        elif begin:
+            y = predicted - _limit((_END - here) * slopes[-1], nodes)
+            state["last"] = y + (nodes.last - here) * slopes[-1]
+        else:
+            y = y + ahead(here)
+            change = y - predicted
+            move = _flat(change).norm(dim=1) * (size_y / k)
+            state["path"] = state["path"] + (_flat(pull * change).sum(1).abs() * (size_y / k) ** 2)
+        at = here
+        if observe is not None:
+            observe(n, terms)
+        grouped = terms.reshape(len(state["sums"][0]), -1, *terms.shape[1:]).mean(1)
+        trace = grouped.sum(2).mean(0)
+        state["sums"] = state["sums"] + float(nodes.weights[n]) * grouped.transpose(0, 1)
+        state["coarse"] = state["coarse"] + float(nodes.coarse[n]) * trace
+        if n == 0:
+            state["first"] = trace
+        if n == len(nodes) - 1:
+            state["final"] = trace
+        if move is not None and bool((bad := move > tolerance).any()):
+            dropped.append(state["rows"][bad])
+            state = {name: value[~bad] for name, value in state.items()}
+            y, pull, slopes = y[~bad], pull[~bad], [f[~bad] for f in slopes]
+            if not len(y):
+                break
+    if to_noise:
+        end, last = y + _limit(ahead(_END, 2), nodes), y + ahead(nodes.last, 2)
+    else:
+        end, last = (y - pull / 2) * size_y, state["last"]
+    sums = state["sums"]
+    both = sums.sum(2)
+    bound = size * nodes.c**2 / float(nodes.k[-1]) ** 2
+    tail = (state["final"] / 2).clamp(-bound, bound)  # for variances up to about 3 c^2
+    error = (sums[:, 0] - sums[:, -1]).square().sum(1).div(2).sqrt()
+    return Walk(
+        rows=state["rows"],
+        end=end,
+        last=last,
+        integral=both.mean(1) + tail,
+        error=error,
+        coarse=state["coarse"] + tail,
+        path=state["path"],
+        first=state["first"],
+        final=state["final"],
+        dropped=torch.cat(dropped) if dropped else rows[:0],
+    )
+
+
+def _turned(signs: Tensor, row: int, count: int) -> Tensor:
+    """`count` probes of each group from z_1, z_2 [b, 2, *event], group after group.
+
+    They take the Walsh rows from `row` on, the second group half a period apart.
+    """
+    size = math.prod(signs.shape[2:])
+    half = (1 << max(0, size - 1).bit_length()) // 2
+    rows = [row + group * half + q for group in (0, 1) for q in range(count)]
+    turns = torch.stack([walsh_signs(row, size, signs) for row in rows])
+    turns = turns.reshape(2, count, 1, *signs.shape[2:])
+    return (turns * signs.transpose(0, 1)[:, None]).flatten(0, 1)
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(len(x), math.prod(x.shape[1:]))
+
+
+def _limit(move: Tensor, nodes: Nodes) -> Tensor:
+    """A move of y beyond the last node, at most what data of mean 3 c explain.
+
+    A network's own error in x0 grows with k there, and the flow past the process is not its own.
+    """
+    most = 3 * math.sqrt(math.prod(move.shape[1:])) * nodes.c / float(nodes.k[-1])
+    norm = _flat(move).norm(dim=1).clamp(min=torch.finfo(move.dtype).tiny)
+    limited: Tensor = move * (most / norm).clamp(max=1).reshape(-1, *(1,) * (move.ndim - 1))
+    return limited

@@ -1,0 +1,366 @@
+r"""Exact likelihood of data under the probability flow dx/dt = v(x, t), and samples with theirs.
+
+Along the flow log p_t changes by -div v, so data x_0 that the flow takes to the latent x_T has
+
+    log p_0(x_0) = log p_T(x_T) + int_0^T div v(x_t, t) dt.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from scoresolve.divergence import Differentiator
+from scoresolve.driving import Given, Samples, device_of, drive, failure, warn_of_dropout
+from scoresolve.errors import (
+    ArgumentError,
+    ModelWarning,
+    ShapeError,
+    UnknownNameError,
+    whole_number,
+)
+from scoresolve.grid import Grid
+from scoresolve.likelihood.engine import COLUMNS, Budget, PathEngine, data_std, fly_pilot
+from scoresolve.likelihood.joint import (
+    JointEngine,
+    JointFlow,
+    Prior,
+    check_direction,
+    joint_engine,
+    joint_result,
+)
+from scoresolve.likelihood.path import Field
+from scoresolve.likelihood.result import ErrorBudget, Likelihood
+from scoresolve.models import Model, as_model
+from scoresolve.noise import NoiseSource, Purpose, as_noise
+from scoresolve.plans import check_state
+from scoresolve.sampling import Times
+from scoresolve.sde import SDE, VP, CosineVP, GaussianSDE, RectifiedFlow, SubVP
+from scoresolve.solvers import Integrator, Solver, get_solver
+
+__all__ = [
+    "DEFAULT_COST",
+    "DEFAULT_PROBES",
+    "EXACT_UP_TO",
+    "LEAST_COST",
+    "log_likelihood",
+    "sample_with_log_prob",
+]
+
+DEFAULT_COST: Final = 200
+LEAST_COST: Final = 64
+DEFAULT_PROBES: Final = 8
+EXACT_UP_TO: Final = 64
+"""Event elements up to which a solver chosen by hand gets the exact trace."""
+
+_EXACT_NODES: Final = 40  # the exact trace must leave the budget so many
+_TRACES: Final = ("auto", "exact", "hutchinson")
+
+
+def log_likelihood(
+    score: Model | Callable[..., Tensor],
+    sde: SDE,
+    x: Tensor,
+    *,
+    solver: str | Solver | Integrator = "auto",
+    cost: int | None = None,
+    steps: int | None = None,
+    nfe: int | None = None,
+    grid: str | Times | None = None,
+    t_start: float | None = None,
+    t_end: float | None = None,
+    trace: str = "auto",
+    probes: int | None = None,
+    mode: str = "auto",
+    prior: Prior | None = None,
+    seed: int = 0,
+    noise: NoiseSource | torch.Generator | Callable[..., Tensor] | None = None,
+    chunk: int | None = None,
+    dequantise: float | None = None,
+    progress: bool = False,
+    raise_on_failure: bool = False,
+    **cond: Any,
+) -> Likelihood:
+    r"""Log-density of data under the model's probability flow.
+
+    log p_0(x_0) = log p_T(x_T) + int_0^T div v(x_t, t) dt along dx/dt = v.
+
+    The default, for Gaussian processes, spends a budget of network evaluations and products with
+    the Jacobian per sample: all rows share nodes, at each of which the path takes one evaluation
+    and the trace some products, more where the trace is uncertain; the integral is taken from no
+    noise to noise alone, so neither end has an error of first order. Rows that need more nodes
+    than the others get them. Any deterministic solver that steps in x can be named instead.
+
+    Args:
+        score: callable `score(x, t, **cond)` or a `Model`, differentiable in x.
+        sde: the process. A model of another Gaussian process is matched by log-SNR. One with a
+            nonlinear drift needs `prior`, and "auto" is then "dopri5".
+        x: data, [B, *event], floating point; it is not written into.
+        solver: "auto", a deterministic adaptive solver, or a fixed-grid solver in flow form.
+        cost: with "auto", about how many evaluations and products each sample may cost, at least
+            64; 200 if omitted.
+        steps: number of grid steps of a fixed-grid solver; or
+        nfe: nodes of "auto", or at most so many network calls of a fixed-grid solver (if neither
+            is given, 100); or
+        grid: a `Grid` or increasing times, for a fixed-grid solver. A name of `GRIDS` goes with
+            `steps` or `nfe`; omitted it is "karras" for `VE` and `EDM`, else "quadratic".
+        t_start: time of the data. If omitted `sde.t_min`, but at most 1e-5 T for `VP`, `SubVP`,
+            `CosineVP` and `RectifiedFlow`, where the noise of t_min = 1e-3 would blur the density.
+        t_end: time of the latent, T if omitted.
+        trace: "exact", "hutchinson", or "auto": exact if `cost` has room for it (with a solver
+            chosen by hand, up to 64 event elements).
+        probes: Rademacher probes a call, on average, with the Hutchinson trace; "auto" chooses
+            (and takes two at least); else 8.
+        mode: how to differentiate the network, one of `divergence.MODES`.
+        prior: the law at `t_end`, a distribution or a log-density over [B, *event], instead of the
+            process's own; "auto" is then "dopri5".
+        seed: seed of the counter-based noise; sample i gets the same whatever the batch or chunk.
+        noise: a noise source, a `torch.Generator`, or a callable, instead of `seed`.
+        chunk: samples to work on at a time; all if omitted.
+        dequantise: width > 0 of the bins of discrete data, whose lower edges `x` holds; the
+            density is then that at x + width * u with u uniform.
+        progress: show a progress bar (only on a terminal).
+        raise_on_failure: raise `SolveError` if any sample failed.
+        **cond: passed on to the model; tensors whose first axis is B follow their samples.
+
+    Returns:
+        A `Likelihood`.
+
+    Raises:
+        ArgumentError: there is no prior, the solver draws noise or is not in flow form, or a
+            number is out of range or does not go with the solver.
+        ShapeError, GridError, UnknownNameError: as for `sample`; also for times that decrease.
+        SolveError: a sample failed and `raise_on_failure` is set.
+
+    Source:
+        Song et al. 2021 (2011.13456), section 4.3 and appendix D.2, eq. 39; Chen et al. 2018
+        (1806.07366), eq. 8; Grathwohl et al. 2019 (1810.01367), section 3.1. Nodes, quadrature
+        and probes of the default are this package's.
+    """
+    if not isinstance(sde, GaussianSDE) and prior is None:
+        raise ArgumentError(f"{sde} has no prior in closed form: give the law at its end as prior=")
+    _check_data(x)
+    size = math.prod(x.shape[1:])
+    if dequantise is not None and not 0 < dequantise < math.inf:
+        raise ArgumentError(f"dequantise = {dequantise}: give the width of a bin, above 0")
+    if grid is not None and not isinstance(grid, str):
+        given = {"steps": steps, "nfe": nfe, "t_start": t_start, "t_end": t_end}
+        if extra := [name for name, value in given.items() if value is not None]:
+            raise ArgumentError(f"an explicit grid fixes the times: leave out {extra[0]}=")
+    if trace not in _TRACES:
+        raise UnknownNameError("trace", trace, _TRACES)
+    if probes is not None:
+        whole_number("probes", probes)
+    start = _data_time(sde) if t_start is None else t_start
+    ends = start, sde.T if t_end is None else t_end
+    source, differentiator = as_noise(noise, seed), Differentiator(mode)
+    model = as_model(score, sde)
+    nodes_suffice = isinstance(sde, GaussianSDE) and prior is None
+    if solver == "auto" and nodes_suffice:
+        for name, value in {"steps": steps, "grid": grid}.items():
+            if value is not None:
+                raise ArgumentError(f"{name}= does not go with 'auto': give cost= or nfe=")
+        budget = _budget(size, cost, nfe, trace, probes)
+        check_direction(Grid(ends), sde)
+        engine: Any = None
+    else:
+        resolved = get_solver("dopri5" if solver == "auto" else solver)
+        if cost is not None:
+            raise ArgumentError(f"cost= does not go with {resolved.name!r}: leave it out")
+        if resolved.stochastic:
+            raise ArgumentError(
+                f"{resolved.name!r} draws noise: a likelihood needs a deterministic solver"
+            )
+        engine = joint_engine(resolved, sde, *ends, steps, nfe, grid)
+    if chunk is not None:
+        whole_number("chunk", chunk)
+    warn_of_dropout(score)
+    with torch.inference_mode(False), torch.no_grad():
+        width = dequantise or 0.0
+        data = x + width * source.uniform(x, 0, Purpose.DEQUANTISE) if width else x.clone()
+        rows = {"rows": torch.arange(x.shape[0], device=x.device)}
+        if engine is None:
+            assert isinstance(sde, GaussianSDE)
+            engine, shared = _path_engine(
+                model, sde, data, ends, budget, differentiator, True, cond
+            )
+            run = drive(engine, model, Given(data), source, chunk, progress, False, rows)
+            result = _path_result(run, engine, data, shared, True)
+        else:
+            exact = trace == "exact" or (trace == "auto" and size <= EXACT_UP_TO)
+            count = 0 if exact else probes or DEFAULT_PROBES
+            turning = engine.plan is not None
+            flow = JointFlow(model, sde, data, count, turning, cond, differentiator)
+            begin = Given(flow.join(data))
+            run = drive(JointEngine(engine), flow, begin, source, chunk, progress, False, rows)
+            result = replace(joint_result(run, flow, sde, engine.times[-1], prior), x=data)
+    return _finish(replace(result, bin_width=dequantise), differentiator, raise_on_failure)
+
+
+def sample_with_log_prob(
+    score: Model | Callable[..., Tensor],
+    sde: GaussianSDE,
+    shape: Sequence[int],
+    *,
+    cost: int | None = None,
+    nfe: int | None = None,
+    t_start: float | None = None,
+    t_end: float | None = None,
+    trace: str = "auto",
+    probes: int | None = None,
+    mode: str = "auto",
+    seed: int = 0,
+    noise: NoiseSource | torch.Generator | Callable[..., Tensor] | None = None,
+    chunk: int | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+    raise_on_failure: bool = False,
+    **cond: Any,
+) -> Likelihood:
+    """Draw samples and their log-densities in one pass from noise to data.
+
+    Args:
+        score, cost, nfe, trace, probes, mode, seed, noise, chunk, progress, raise_on_failure,
+            cond: as in `log_likelihood`.
+        sde: the process.
+        shape: [B, *event].
+        t_start, t_end: times of noise and data; T and the data's time of `log_likelihood` if
+            omitted.
+        dtype, device: of the samples; the default dtype and the network's device.
+
+    Returns:
+        A `Likelihood`: the samples are `.x`, their starts `.latent`.
+
+    Raises:
+        As `log_likelihood`.
+    """
+    if not isinstance(sde, GaussianSDE):
+        raise ArgumentError(f"{sde} has no prior to draw from: take a Gaussian process")
+    sizes = tuple(whole_number("size", size) for size in shape)
+    if not sizes:
+        raise ShapeError("shape is empty: give [B, *event]")
+    budget = _budget(math.prod(sizes[1:]), cost, nfe, trace, probes)
+    ends = (_data_time(sde) if t_end is None else t_end, sde.T if t_start is None else t_start)
+    check_direction(Grid(ends), sde)
+    source, differentiator, model = (
+        as_noise(noise, seed),
+        Differentiator(mode),
+        as_model(score, sde),
+    )
+    warn_of_dropout(score)
+    factory: dict[str, Any] = {"dtype": dtype, "device": device or device_of(score)}
+    with torch.inference_mode(False), torch.no_grad():
+        z = source.normal(torch.empty(sizes, **factory), 0, Purpose.START)
+        rows = {"rows": torch.arange(len(z), device=z.device)}
+        engine, shared = _path_engine(model, sde, z, ends, budget, differentiator, False, cond)
+        run = drive(engine, model, Given(z), source, chunk, progress, False, rows)
+        result = _path_result(run, engine, z, shared, False)
+    return _finish(result, differentiator, raise_on_failure)
+
+
+def _check_data(x: Tensor) -> None:
+    check_state(x)
+    if x.shape[0] == 0:
+        raise ShapeError("x holds no samples: give at least one")
+
+
+def _budget(size: int, cost: int | None, nfe: int | None, trace: str, probes: int | None) -> Budget:
+    """Nodes and products of a sample of `size` elements."""
+    if trace not in _TRACES:
+        raise UnknownNameError("trace", trace, _TRACES)
+    total = whole_number("cost", DEFAULT_COST if cost is None else cost, LEAST_COST)
+    nodes = None if nfe is None else whole_number("nfe", nfe, 4)
+    a_call = None if probes is None else whole_number("probes", probes)
+    if nodes is not None and a_call is None:
+        a_call = DEFAULT_PROBES if cost is None else max(1, round(total / nodes) - 1)
+    room = total // (1 + size)
+    affordable = room >= _EXACT_NODES if nodes is None else size <= (a_call or 0)
+    if trace == "exact" or (trace == "auto" and affordable):
+        return Budget(nodes or max(room, _EXACT_NODES), None, total)
+    if a_call is None:
+        return Budget(None, 0, total)
+    nodes = nodes or max(16, total // (1 + a_call))
+    return Budget(nodes, nodes * a_call, total)
+
+
+def _path_engine(
+    model: Model,
+    sde: GaussianSDE,
+    x: Tensor,
+    ends: tuple[float, float],
+    budget: Budget,
+    differentiator: Differentiator,
+    to_noise: bool,
+    cond: dict[str, Any],
+) -> tuple[PathEngine, tuple[int, int]]:
+    """The engine; the evaluations and the calls that it took to fit it to the model."""
+    c, shared = data_std(model, sde, x, cond)
+    calls = int(shared > 0)
+    pilot = None
+    if budget.products is not None:
+        pilot = fly_pilot(model, sde, c, ends, x, cond, differentiator)
+        if pilot is not None:
+            shared, calls = shared + pilot.spent, calls + pilot.calls
+    field = Field(model, sde, cond, len(x), differentiator, x.device)
+    single = x.dtype != torch.float64
+    return PathEngine(field, c, ends, budget, pilot, single, to_noise), (shared, calls)
+
+
+def _path_result(
+    run: Samples, engine: PathEngine, x: Tensor, shared: tuple[int, int], to_noise: bool
+) -> Likelihood:
+    """The result of `PathEngine` runs that began at `x`, data or standard normal noise.
+
+    `shared` are the evaluations and calls made before.
+    """
+    size = math.prod(x.shape[1:])
+    state, columns = run.x[:, : -len(COLUMNS)], run.x[:, -len(COLUMNS) :]
+    columns = torch.where(run.ok[:, None], columns, torch.nan)
+    found = dict(zip(COLUMNS, columns.unbind(1), strict=True))
+    latent, data = state[:, -size:].to(x.dtype).reshape(x.shape), x
+    if not to_noise:
+        data = state[:, :size].to(x.dtype).reshape(x.shape)
+    std = engine.prior_std
+    squares = (latent.to(state).reshape(len(x), -1) / std).square().sum(1)
+    density = -squares / 2 - size * (math.log(2 * math.pi) / 2 + math.log(std))
+    return Likelihood(
+        log_prob=found["log_prob"],
+        standard_error=found["probes"],
+        latent=latent,
+        status=run.status,
+        nfe=run.nfe + shared[1],
+        forwards=engine.field.forwards,
+        products=engine.field.products,
+        x=data,
+        log_det=found["log_prob"] - density,
+        budget=ErrorBudget(*(found[name] for name in COLUMNS[1:])),
+        shared=shared[0],
+    )
+
+
+def _finish(
+    result: Likelihood, differentiator: Differentiator, raise_on_failure: bool
+) -> Likelihood:
+    if differentiator.blind:
+        warnings.warn(
+            "the model's output has no gradient with respect to x, so its divergence "
+            "counts as 0: if the network detaches or runs under torch.no_grad, undo that",
+            ModelWarning,
+            stacklevel=3,
+        )
+    if raise_on_failure and not bool(result.ok.all()):
+        raise failure(result, result.status)
+    return result
+
+
+def _data_time(sde: SDE) -> float:
+    if isinstance(sde, VP | SubVP | CosineVP | RectifiedFlow):
+        return min(sde.t_min, 1e-5 * sde.T)
+    return sde.t_min

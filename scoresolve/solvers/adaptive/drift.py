@@ -1,0 +1,108 @@
+"""The right-hand side as an adaptive solver may call it: bounded, counted, checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from scoresolve.errors import ArgumentError, row_status
+from scoresolve.models import check_output
+from scoresolve.plans import check_state
+from scoresolve.sde.base import TimeLike
+from scoresolve.solvers.integrator import Solution
+
+__all__ = ["BoundedDrift", "CallLimit", "unmoved"]
+
+
+class CallLimit(Exception):
+    """The drift was asked for one call more than allowed."""
+
+
+class BoundedDrift:
+    """A drift that stays inside its interval, counts its calls and checks what it returns.
+
+    Args:
+        drift: callable (x [b, *event], t [b], rows [b], ...) -> shape of `x`.
+        x: the caller's state; the drift gets states of this dtype.
+        t_start, t_end: ends of the interval, in either order.
+        max_calls: calls allowed, at least 1.
+
+    Attributes:
+        calls: calls made.
+        evaluations: how many of them each row of `x` was in, [B] int64 on the host.
+        state_dtype: the dtype to integrate in, that of `x` but at least float32.
+
+    Raises:
+        ArgumentError: the state is not real floating-point, or a time is not finite.
+        ShapeError: the state has no batch axis.
+    """
+
+    def __init__(
+        self,
+        drift: Callable[..., Tensor],
+        x: Tensor,
+        t_start: float,
+        t_end: float,
+        max_calls: int,
+    ) -> None:
+        check_state(x)
+        if not (math.isfinite(t_start) and math.isfinite(t_end)):
+            raise ArgumentError(f"the interval [{t_start}, {t_end}] is not finite: give two times")
+        self.drift, self.max_calls, self.calls = drift, max_calls, 0
+        self.evaluations = torch.zeros(x.shape[0], dtype=torch.int64)
+        self.dtype, self.device = x.dtype, x.device
+        self.state_dtype = torch.promote_types(x.dtype, torch.float32)
+        ends = torch.tensor([t_start, t_end], dtype=torch.float64).sort().values
+        inside = ends.to(self.state_dtype)
+        toward = inside.flip(0)
+        outside = torch.stack((inside[0] < ends[0], inside[1] > ends[1]))
+        self.low, self.high = torch.where(outside, inside.nextafter(toward), inside).tolist()
+
+    def times(self, t: TimeLike) -> Tensor:
+        """`t` as the drift gets it: its dtype and device, and inside the interval when rounded."""
+        t = torch.as_tensor(t, dtype=self.state_dtype)
+        return t.clamp(self.low, self.high).to(self.device)
+
+    def __call__(self, x: Tensor, t: Tensor, rows: Tensor, *options: Tensor) -> Tensor:
+        """The drift at states [b, *event] of `rows` [b] and times [b] or [], made by `times`.
+
+        Raises:
+            CallLimit: all allowed calls are made.
+            ShapeError: the drift returned another shape than that of `x`.
+        """
+        if self.calls >= self.max_calls:
+            raise CallLimit
+        self.calls += 1
+        self.evaluations[rows.cpu()] += 1
+        x = x.to(self.dtype)
+        value = self.drift(x, t.expand(x.shape[0]), rows.to(x.device), *options)
+        check_output(value, x)
+        return value.to(self.state_dtype)
+
+
+def unmoved(x: Tensor, t: float, saved: int = 0, dense: bool = False) -> Solution:
+    """The solution of an interval of no length: a copy of `x`, and no call.
+
+    Args:
+        x: the state.
+        t: the time.
+        saved: how many times states are to be saved at.
+        dense: whether the path is wanted.
+    """
+    status = row_status(x)
+    times = torch.full(status.shape, t, dtype=torch.float64, device=x.device)
+    steps = torch.zeros_like(status)
+    return Solution(
+        x.clone(),
+        times,
+        status,
+        0,
+        steps,
+        steps.clone(),
+        steps.clone(),
+        x.expand(saved, *x.shape).clone() if saved else None,
+        (lambda _: x.clone()) if dense else None,
+    )

@@ -1,0 +1,422 @@
+r"""The adaptive loop: every row with its own time, step size and status.
+
+A method makes a trial step and says how far two of its answers are apart. With err the root mean
+square over the event of that distance over atol + rtol max(|y|, |y'|), a step is accepted if
+err <= 1, and the next one is
+
+    h' = h safety err^-((I + P + D)/q) err_1^((P + 2 D)/q) err_2^(-D/q),
+
+err_1 and err_2 those of the two accepted before, and q the order of err in h.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from scoresolve.errors import (
+    ArgumentError,
+    ModelWarning,
+    Status,
+    UnknownNameError,
+    real_number,
+    row_status,
+    whole_number,
+)
+from scoresolve.noise import NoiseSource
+from scoresolve.solvers.adaptive.coordinates import COORDINATES, Coordinates, coordinates_for
+from scoresolve.solvers.adaptive.drift import BoundedDrift, CallLimit, unmoved
+from scoresolve.solvers.adaptive.path import Event, Path, Record
+from scoresolve.solvers.adaptive.rows import Rows, lift, power, row_norm
+from scoresolve.solvers.integrator import GaussianFlow, Integrator, RowDrift, Solution
+
+__all__ = ["Adaptive", "Trial"]
+
+_LEAST_ERROR: Final = 1e-16
+_LEAST_PAST: Final = 1e-4
+_MIN_FACTOR, _MAX_FACTOR, _NONFINITE_FACTOR = 0.2, 10.0, 0.1
+_ASK_AGAIN: Final = 100
+_LEAST_TRY: Final = 1e-8
+
+
+class _Noisy(Exception):
+    """The drift answers the same question differently."""
+
+
+_REASONS: Final[dict[type[BaseException], Status]] = {
+    CallLimit: Status.CALL_LIMIT,
+    _Noisy: Status.NOISY,
+}
+
+
+class Trial(NamedTuple):
+    """What a trial step found.
+
+    Attributes:
+        y: the states [b, *event] at the end of the step.
+        slope: dy/du there.
+        errors: distances of two answers, one or more, the first of which decides.
+        memory: what the rows keep if the step is accepted, each [b, ...].
+    """
+
+    y: Tensor
+    slope: Tensor
+    errors: tuple[Tensor, ...]
+    memory: tuple[Tensor, ...] = ()
+
+
+class Adaptive(Integrator):
+    r"""A solver of the probability flow whose steps follow its error, sample by sample.
+
+    No row's numbers depend on the other rows, apart from what the drift itself does. A finished
+    row leaves the batch, and the next waiting one takes its place. A row ends with
+
+    - `Status.OK` at `t_end`, `Status.EVENT` where the event happened;
+    - `Status.NONFINITE` if the slope is not finite at the start, or at every step down to 1e-8 of
+      the interval: a trial step that meets such a value is shrunk by 10 and tried again;
+    - `Status.STEP_LIMIT` after `max_steps`, or if the tolerance asks for a step of a few ulp;
+    - `Status.NOISY` if the drift answers the same question differently, as with dropout on: some
+      rows that made many steps are asked twice. It ends all rows;
+    - `Status.CALL_LIMIT` or `Status.INTERRUPTED` (from the keyboard), which end all rows.
+
+    The state is carried in its own dtype, but at least in float32, and the times in float64 on
+    the host. The relative tolerance is at least `ROUNDING` ulp of the dtype of `x`, and a warning
+    says so. Each attempted step waits for the device once, to fetch the error norms. Gradients
+    flow if they are enabled; step sizes count as constants.
+
+    Args:
+        rtol, atol: tolerances per element, at least 0; in units of the data's own size where the
+            coordinates have them.
+        max_steps: attempted steps per row, at least 1.
+        max_calls: calls of the drift, at least 1.
+        first_step: length of the first step, above 0; None chooses it.
+        safety: factor on the proposed step, in (0, 1).
+        control: P, I and D of the controller, each in [-1, 1], I above 0; the method's own if
+            omitted.
+        coordinates: "time", "scaled" or "log_snr", see `scoresolve.solvers.adaptive.coordinates`.
+        coupled: whether all rows make one step, whose error is the mean square of theirs. A
+            sample then depends on its neighbours; one that alone meets a NaN ends there.
+        save_at: times at which to keep the states, in the direction of time; no further calls.
+        dense: whether to keep the path, so that it can be evaluated at any time.
+        event: a function (x [b, *event], t [b]) -> [b]; a row ends where it changes its sign.
+
+    Raises:
+        ArgumentError: an argument is out of its range.
+    """
+
+    refills = True
+    usual_coordinates: str | None = "time"
+    usual_control: tuple[float, float, float] = (0.0, 1.0, 0.0)
+    longest: float = math.inf
+
+    ROUNDING: Final = 10
+
+    def __init__(
+        self,
+        rtol: float = 1e-5,
+        atol: float = 1e-5,
+        *,
+        max_steps: int = 10_000,
+        max_calls: int = 100_000,
+        first_step: float | None = None,
+        safety: float = 0.9,
+        control: tuple[float, float, float] | None = None,
+        coordinates: str | None = None,
+        coupled: bool = False,
+        save_at: Sequence[float] = (),
+        dense: bool = False,
+        event: Event | None = None,
+    ) -> None:
+        self.rtol, self.atol = (
+            real_number("rtol", rtol, least=0),
+            real_number("atol", atol, least=0),
+        )
+        self.max_steps = whole_number("max_steps", max_steps)
+        self.max_calls = whole_number("max_calls", max_calls)
+        self.first_step = None if first_step is None else real_number("first_step", first_step, 0)
+        self.safety = real_number("safety", safety, above=0, most=1)
+        shares = self.usual_control if control is None else control
+        if not isinstance(shares, Sequence) or len(shares) != 3 or isinstance(shares, str):
+            raise ArgumentError(f"control = {control!r}: give P, I and D")
+        p, i, d = (real_number("control", v, least=-1, most=1) for v in shares)
+        if i <= 0:
+            raise ArgumentError(f"control = {control!r}: give an I above 0")
+        if not isinstance(save_at, Sequence) or isinstance(save_at, str):
+            raise ArgumentError(f"save_at = {save_at!r}: give a sequence of times")
+        if event is not None and not callable(event):
+            raise ArgumentError(f"event = {event!r}: give a function of x and t")
+        if self.safety == 1:
+            raise ArgumentError("safety = 1: give a factor below 1")
+        if coordinates not in (None, *COORDINATES):
+            raise UnknownNameError("coordinates", str(coordinates), COORDINATES)
+        self.control, self.coupled = (p, i, d), coupled
+        self.coordinates = coordinates or self.usual_coordinates
+        self.dense, self.event = dense, event
+        self.save_at = tuple(real_number("save_at", t) for t in save_at)
+
+    def way(
+        self,
+        drift: RowDrift,
+        x: Tensor,
+        t_start: float,
+        t_end: float,
+        diffusion: Callable[[Tensor], Tensor] | None,
+        noise: NoiseSource | None,
+        flow: GaussianFlow | None,
+    ) -> Coordinates:
+        """The problem in the solver's coordinates."""
+        return coordinates_for(self.coordinates, drift, flow, x, t_start, t_end, self.max_calls)
+
+    @abstractmethod
+    def trial(self, way: Coordinates, rows: Rows, u: Tensor, h: Tensor) -> Trial:
+        """A trial step of every row to `u` [b], by `h` [b] (with its sign)."""
+
+    def memory(self, way: Coordinates, rows: Rows) -> tuple[Tensor, ...]:
+        """What rows keep before their first step."""
+        return ()
+
+    def judge(self, rows: Rows, errors: Tensor) -> Tensor:
+        """The errors that decide, from the norms [n, b] of those of the trial."""
+        return errors
+
+    def first_steps(self, way: Coordinates, rows: Rows) -> Tensor:
+        """Lengths of the first steps [b]: a hundredth of what turns the state around."""
+        d0, d1 = (self.norm(way, v, rows.y, rows.u) for v in (rows.y, rows.slope))
+        turn = d0.clamp(min=1.0) / d1.clamp(min=torch.finfo(d1.dtype).tiny)
+        return (0.01 * turn).clamp(max=way.length / 10)
+
+    def resize(self, rows: Rows, errors: Tensor, accept: Tensor) -> tuple[Tensor, Rows]:
+        """Factors on the steps [b] for errors [n, b], and the rows with what the method changes."""
+        p, i, d = self.control
+        q = self.order
+        sound = torch.where(errors[0].isfinite(), errors[0], 1.0).clamp(min=_LEAST_ERROR)
+        factor = self.safety * power(sound, -(p + i + d) / q)
+        grown = power(rows.past[:, 0], (p + 2 * d) / q) * power(rows.past[:, 1], -d / q)
+        return torch.where(accept, factor * grown, factor).clamp(min=_MIN_FACTOR), rows
+
+    def solve(
+        self,
+        drift: RowDrift,
+        x: Tensor,
+        t_start: float,
+        t_end: float,
+        diffusion: Callable[[Tensor], Tensor] | None = None,
+        noise: NoiseSource | None = None,
+        *,
+        flow: GaussianFlow | None = None,
+        width: int | None = None,
+    ) -> Solution:
+        """Integrate dx = drift(x, t) dt, and + diffusion(t) dw if it is stochastic."""
+        if t_start == t_end or not x.numel():
+            BoundedDrift(drift, x, t_start, t_end, self.max_calls)
+            return unmoved(x, t_end, len(self.save_at), self.dense)
+        way = self.way(drift, x, t_start, t_end, diffusion, noise, flow)
+        self._warn_of_rounding(x.dtype)
+        y = way.start_of(x.to(way.drift.state_dtype))
+        record = Record(way, y, self.save_at, self.dense, self.event)
+        batch = y.shape[0]
+        width = min(width or batch, batch)
+        waiting, ended = _start_rows(y, way.start), list[Rows]()
+        rows = waiting.part(slice(0))
+        asked_again = _ASK_AGAIN
+        while True:
+            done = (rows.status != Status.OK) | (rows.u == way.end)
+            if done.any():
+                ended.append(rows.take(done.nonzero().flatten()).bare())
+                rows = rows.take(done.logical_not().nonzero().flatten())
+            free = 0 if self.coupled and len(rows.place) else width - len(rows.place)
+            guests, waiting = waiting.part(slice(free)), waiting.part(slice(free, None))
+            if not len(rows.place) + len(guests.place):
+                break
+            try:
+                rows = self._attempt(way, record, rows, guests)
+                guests = guests.part(slice(0))
+                if bool((rows.accepted + 4 * rows.rejected >= asked_again).any()):
+                    asked_again *= 2
+                    self._ask_again(way, rows)
+            except (CallLimit, _Noisy, KeyboardInterrupt) as reason:
+                why = _REASONS.get(type(reason), Status.INTERRUPTED)
+                ended += [part.bare().stop(why, way.end) for part in (rows, guests, waiting)]
+                break
+        last = Rows.join(ended)
+        last = last.take(last.place.argsort())
+        host = (way.time(last.u), last.status, last.accepted, last.rejected)
+        t, status, accepted, rejected = (part.to(x.device) for part in host)
+        return Solution(
+            way.state(last.y, last.u).to(x.dtype),
+            t,
+            status,
+            way.drift.calls,
+            accepted,
+            rejected,
+            way.drift.evaluations.to(x.device),
+            record.saved.to(x.dtype) if self.save_at else None,
+            Path(record) if self.dense else None,
+        )
+
+    def _warn_of_rounding(self, dtype: torch.dtype) -> None:
+        least = self.ROUNDING * torch.finfo(dtype).eps
+        if max(self.rtol, self.atol) < least:
+            warnings.warn(
+                f"rtol = {self.rtol:g} and atol = {self.atol:g} are below what {dtype} resolves: "
+                f"below {least:.1e} more steps buy nothing, give a float64 state",
+                ModelWarning,
+                stacklevel=3,
+            )
+
+    def _begin(self, way: Coordinates, record: Record, rows: Rows, slope: Tensor) -> Rows:
+        """New rows with their slopes; those with no finite slope have failed."""
+        status = row_status(rows.y).maximum(row_status(slope)).cpu()
+        rows = rows._replace(slope=slope, status=status)
+        rows = rows._replace(memory=self.memory(way, rows), before=record.begin(rows))
+        h = self._first(way, rows)
+        if self.coupled and bool((status == Status.OK).any()):
+            h = h[status == Status.OK].min().expand(len(h))
+        return rows._replace(h=h)
+
+    def _first(self, way: Coordinates, rows: Rows) -> Tensor:
+        if self.first_step is not None:
+            return torch.full_like(rows.u, min(self.first_step, way.length))
+        return self.first_steps(way, rows).maximum(way.least_step(rows.u))
+
+    def _attempt(self, way: Coordinates, record: Record, rows: Rows, guests: Rows) -> Rows:
+        """One trial step of every row; the guests, who have just come in, find their slopes."""
+        if not len(rows.place):
+            return self._begin(way, record, guests, way.slope(guests.y, guests.u, guests.place))
+        if not len(guests.place):
+            return self._step(way, record, rows)
+        host: Any = _Guests(way, guests)
+        rows = self._step(host, record, rows)
+        return Rows.join([rows, self._begin(way, record, guests, host.slopes[0])])
+
+    def _step(self, way: Coordinates, record: Record, rows: Rows) -> Rows:
+        """One trial step of every row."""
+        left, longest = (way.end - rows.u).abs(), rows.h.clamp(max=self.longest)
+        last = 1.01 * longest >= left
+        h = torch.where(last, left, longest)
+        u = torch.where(last, way.end, rows.u + way.sign * h)
+        trial = self.trial(way, rows, u, way.sign * h)
+        with torch.no_grad():
+            tall = rows.y.abs().maximum(trial.y.abs())
+            bad = row_status(trial.y).maximum(row_status(trial.slope)) != Status.OK
+            errors = self._norms(way, trial.errors, tall, u)
+            errors = errors.masked_fill(errors.isnan() | bad, math.inf)
+        errors = self.judge(rows, errors.cpu().double())
+        if self.coupled:
+            errors = _coupled(errors)
+        accept = errors[0] <= 1
+        before = record.see(rows, u, trial.y, trial.slope, accept)
+
+        def taken(new: Tensor, old: Tensor) -> Tensor:
+            return torch.where(lift(accept, new), new, old)
+
+        moved = rows._replace(
+            y=taken(trial.y, rows.y),
+            slope=taken(trial.slope, rows.slope),
+            memory=tuple(map(taken, trial.memory, rows.memory)),
+            before=before,
+        )
+        return record.stop(self._control(way, moved, h, u, errors, accept))
+
+    def _control(
+        self,
+        way: Coordinates,
+        rows: Rows,
+        h: Tensor,
+        u: Tensor,
+        errors: Tensor,
+        accept: Tensor,
+    ) -> Rows:
+        """The rows' places, next steps and statuses after trial steps `h` with their errors."""
+        finite = errors[0].isfinite()
+        factor, rows = self.resize(rows, errors, accept)
+        h = h * torch.where(finite, factor.minimum(rows.growth), _NONFINITE_FACTOR)
+        accepted, rejected = rows.accepted + accept, rows.rejected + ~accept
+        u = torch.where(accept, u, rows.u)
+        ended = torch.where(finite, int(Status.STEP_LIMIT), int(Status.NONFINITE))
+        under_way = u != way.end
+        left_behind = ~finite & finite.any() & self.coupled
+        hopeless = ~finite & (h < _LEAST_TRY * way.length)
+        stuck = under_way & ((h < way.least_step(u)) | hopeless | left_behind)
+        spent = under_way & (accepted + rejected >= self.max_steps)
+        kept = torch.stack((errors[0].clamp(min=_LEAST_PAST), rows.past[:, 0]), 1)
+        return rows._replace(
+            u=u,
+            h=h,
+            past=torch.where(accept[:, None], kept, rows.past),
+            growth=torch.where(accept, _MAX_FACTOR, 1.0),
+            status=torch.where(stuck, ended, torch.where(spent, int(Status.STEP_LIMIT), 0)),
+            accepted=accepted,
+            rejected=rejected,
+        )
+
+    def _ask_again(self, way: Coordinates, rows: Rows) -> None:
+        """Raise `_Noisy` if the drift does not answer the same question the same way twice."""
+        some = rows.take(rows.rejected.argsort(descending=True)[:8])
+        one, two = (way.slope(some.y, some.u, some.place) for _ in range(2))
+        if bool((one - two).abs().max() > 1e3 * torch.finfo(one.dtype).eps * one.abs().max()):
+            warnings.warn(
+                "the model gives another answer when asked the same again, so no step size meets "
+                "the tolerance: call net.eval(), or take a fixed-grid solver",
+                ModelWarning,
+                stacklevel=4,
+            )
+            raise _Noisy
+
+    def _norms(self, way: Coordinates, errors: Sequence[Tensor], y: Tensor, u: Tensor) -> Tensor:
+        """Root mean squares [n, b] of errors over atol + rtol |y|, in the coordinates' unit."""
+        rtol = max(self.rtol, self.ROUNDING * torch.finfo(way.drift.dtype).eps)
+        scale, unit = (y.abs() * rtol).clamp(min=torch.finfo(y.dtype).tiny), way.unit(u)
+        scale = scale + (self.atol if unit is None else lift(self.atol / unit, y))
+        stacked = torch.cat([error / scale for error in errors])
+        return row_norm(stacked).reshape(len(errors), -1)
+
+    @torch.no_grad()
+    def norm(self, way: Coordinates, v: Tensor, y: Tensor, u: Tensor) -> Tensor:
+        """The norm of an error v in which tolerances are meant, on the host."""
+        return self._norms(way, (v,), y.abs(), u)[0].cpu().double()
+
+
+class _Guests:
+    """Coordinates whose first slope also serves rows that have just come in.
+
+    Attributes:
+        slopes: those of the guests, once it is called.
+    """
+
+    def __init__(self, way: Coordinates, guests: Rows) -> None:
+        self.way, self.guests, self.slopes = way, guests, list[Tensor]()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.way, name)
+
+    def slope(self, y: Tensor, u: Tensor, place: Tensor) -> Tensor:
+        if self.slopes:
+            return self.way.slope(y, u, place)
+        guests = self.guests
+        both = zip((y, u, place), (guests.y, guests.u, guests.place), strict=True)
+        found = self.way.slope(*(torch.cat(pair) for pair in both))
+        self.slopes.append(found[len(y) :])
+        return found[: len(y)]
+
+
+def _start_rows(y: Tensor, start: float) -> Rows:
+    """Rows at the start, that know no slope yet."""
+    u = torch.full((y.shape[0],), start, dtype=torch.float64)
+    past = torch.full((len(u), 2), _LEAST_PAST, dtype=torch.float64)
+    none = torch.zeros(len(u), dtype=torch.int64)
+    growth = torch.full_like(u, _MAX_FACTOR)
+    return Rows(torch.arange(len(u)), u, 0 * u, past, growth, none, none, none, y, y)
+
+
+def _coupled(errors: Tensor) -> Tensor:
+    """One error for all rows that are finite."""
+    shared = errors[0].isfinite()
+    mean = errors[:, shared].square().mean(1, keepdim=True).sqrt()
+    return torch.where(shared, mean, errors)

@@ -1,0 +1,209 @@
+r"""Adaptive solvers of the reverse SDE.
+
+Each sample has one Brownian path, a tree of counters, and a step reads its increment. A step that
+is rejected and made shorter therefore reads the same path again: what was refused is not forgotten,
+and the law of the noise does not depend on the tolerance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scoresolve.errors import ArgumentError
+from scoresolve.noise import BrownianPath, NoiseSource, Philox
+from scoresolve.sde import expand
+from scoresolve.solvers.adaptive.coordinates import Coordinates, LogSNR, Time
+from scoresolve.solvers.adaptive.drift import BoundedDrift
+from scoresolve.solvers.adaptive.loop import Adaptive, Trial
+from scoresolve.solvers.adaptive.rows import Rows, lift, padded
+from scoresolve.solvers.integrator import GaussianFlow, RowDrift
+
+__all__ = ["AdaptiveSDE", "GottaGoFast"]
+
+
+def _tree(noise: NoiseSource | None, ends: Sequence[float], geometric: bool) -> BrownianPath:
+    if not isinstance(noise, Philox):
+        raise ArgumentError(
+            "an adaptive solver of the SDE asks for its noise again when a step is rejected, so "
+            "it must come from counters: give seed= or a Philox source"
+        )
+    return BrownianPath(noise, min(ends), max(ends), geometric=geometric)
+
+
+class _Driven(Adaptive):
+    """An adaptive solver driven by a Brownian path."""
+
+    stochastic, order = True, 1.0
+
+    def __init__(
+        self,
+        rtol: float,
+        atol: float,
+        *,
+        max_steps: int = 10_000,
+        max_calls: int = 100_000,
+        first_step: float | None = None,
+        safety: float = 0.9,
+    ) -> None:
+        limits = {"max_steps": max_steps, "max_calls": max_calls}
+        super().__init__(rtol, atol, first_step=first_step, safety=safety, **limits)  # type: ignore[arg-type]
+
+    def first_steps(self, way: Coordinates, rows: Rows) -> Tensor:
+        return torch.full_like(rows.u, way.length / 50)
+
+
+class _PosteriorMean(LogSNR):
+    """y = x/alpha over log k, with x0 for its slope, and the path B of the clock 1/k^2."""
+
+    def __init__(
+        self,
+        drift: BoundedDrift,
+        flow: GaussianFlow,
+        t_start: float,
+        t_end: float,
+        noise: NoiseSource | None,
+    ) -> None:
+        super().__init__(drift, flow, t_start, t_end)
+        ends = torch.tensor([self.start, self.end], dtype=torch.float64)
+        self.noise = _tree(noise, self.snr(ends).tolist(), geometric=True)
+
+    def mix(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ones_like(alpha), torch.zeros_like(alpha)
+
+    def snr(self, u: Tensor) -> Tensor:
+        return padded(lambda u: (-2 * u).exp(), u)
+
+    def increment(self, rows: Rows, u: Tensor) -> Tensor:
+        """B from the rows' places to u."""
+        noise = self.noise.rows(rows.place)
+        return noise.increment(rows.y, self.snr(rows.u), self.snr(u))
+
+
+class AdaptiveSDE(_Driven):
+    """SDE-DPM-Solver++ 2M with an error, for a Gaussian process, one call a step.
+
+    In y = x/alpha the reverse SDE is d(y/k^2) = x0 dtau + dB over tau = 1/k^2 (k = sigma/alpha), so
+    a step is exact but for x0. It is taken linear in log k, through its values at the last two
+    points; the distance from what its value at the new point makes of it is the error. Steps are
+    at most `longest` in log k, as an x0 taken at small noise is consistent with any state.
+
+    Args:
+        rtol, atol: tolerances, relative to the standard deviation of the noised data.
+        max_steps, max_calls, first_step, safety: as in `Adaptive`.
+
+    Raises:
+        ArgumentError: the process is not Gaussian, or the noise is not made of counters.
+
+    Source:
+        Lu et al. 2022 (2211.01095), eq. 18 and appendix D for the solutions; the error and the
+        driving path are this package's.
+    """
+
+    name, source = "adaptive_sde", "Lu et al. 2022 (2211.01095); the pair: this package"
+    usual_control, longest = (0.0, 2 / 3, 0.0), 0.2
+
+    def __init__(self, rtol: float = 0.03, atol: float = 0.03, **options: Any) -> None:
+        super().__init__(rtol, atol, **options)
+
+    def way(
+        self,
+        drift: RowDrift,
+        x: Tensor,
+        t_start: float,
+        t_end: float,
+        diffusion: Callable[[Tensor], Tensor] | None,
+        noise: NoiseSource | None,
+        flow: GaussianFlow | None,
+    ) -> Coordinates:
+        if flow is None:
+            raise ArgumentError(f"{self.name!r} needs a Gaussian process: take 'gotta_go_fast'")
+        mix = BoundedDrift(flow.mix, x, t_start, t_end, self.max_calls)
+        return _PosteriorMean(mix, flow, t_start, t_end, noise)
+
+    def memory(self, way: Coordinates, rows: Rows) -> tuple[Tensor, ...]:
+        """Rise of x0 per log k over the last step."""
+        return (torch.zeros_like(rows.slope),)
+
+    def trial(self, way: Any, rows: Rows, u: Tensor, h: Tensor) -> Trial:
+        start, end = way.snr(rows.u), way.snr(u)
+        kept = start / end
+        late = 1 + (1 - kept) / (2 * h)  # of x0 linear in log k, the share of its end
+        step, (rise,) = lift(h, rows.y), rows.memory
+        noise = lift(1 / end, rows.y) * way.increment(rows, u)
+        flat = lift(kept, noise) * rows.y + lift(1 - kept, noise) * rows.slope + noise
+        y = flat + lift(late, rise) * step * rise
+        x0 = way.slope(y, u, rows.place)
+        change = x0 - rows.slope
+        return Trial(y, x0, (lift(late, x0) * (change - step * rise),), (change / step,))
+
+
+class _Driver(Time):
+    """Time, with a Brownian path W and g."""
+
+    def __init__(
+        self,
+        drift: BoundedDrift,
+        t_start: float,
+        t_end: float,
+        diffusion: Callable[[Tensor], Tensor],
+        noise: NoiseSource | None,
+    ) -> None:
+        super().__init__(drift, t_start, t_end)
+        self.diffusion, self.noise = diffusion, _tree(noise, (t_start, t_end), geometric=False)
+
+    def kick(self, rows: Rows, u: Tensor) -> tuple[Tensor, Tensor]:
+        """g dW from the rows' times to u, with g at the start and at the end."""
+        w = self.noise.rows(rows.place).increment(rows.y, rows.u, u)
+        first, last = (
+            expand(self.diffusion(t), w, t) * w for t in map(self.drift.times, (rows.u, u))
+        )
+        return first, last
+
+
+class GottaGoFast(_Driven):
+    """Adaptive stochastic improved Euler with an embedded Euler-Maruyama, two calls a step.
+
+    Args:
+        rtol, atol: tolerances of x per element; 0.02 and 0.0078 are among the published ones.
+        max_steps, max_calls, first_step, safety: as in `Adaptive`.
+
+    Raises:
+        ArgumentError: the noise is not made of counters.
+
+    Source:
+        Jolicoeur-Martineau et al. 2021 (2105.14080), algorithm 1, where a rejected step draws
+        new noise; here it reads the same path again.
+    """
+
+    name, source = "gotta_go_fast", "Jolicoeur-Martineau et al. 2021 (2105.14080), algorithm 1"
+    usual_control = (0.0, 0.9, 0.0)
+
+    def __init__(self, rtol: float = 0.02, atol: float = 0.0078, **options: Any) -> None:
+        super().__init__(rtol, atol, **options)
+
+    def way(
+        self,
+        drift: RowDrift,
+        x: Tensor,
+        t_start: float,
+        t_end: float,
+        diffusion: Callable[[Tensor], Tensor] | None,
+        noise: NoiseSource | None,
+        flow: GaussianFlow | None,
+    ) -> Coordinates:
+        if diffusion is None:
+            raise ArgumentError("diffusion is None: a solver of the SDE needs it")
+        bounded = BoundedDrift(drift, x, t_start, t_end, self.max_calls)
+        return _Driver(bounded, t_start, t_end, diffusion, noise)
+
+    def trial(self, way: Any, rows: Rows, u: Tensor, h: Tensor) -> Trial:
+        early, late = way.kick(rows, u)
+        step = lift(h, rows.y)
+        euler = rows.y + step * rows.slope + early
+        improved = rows.y + step * way.slope(euler, u, rows.place) + late
+        y = (euler + improved) / 2
+        return Trial(y, way.slope(y, u, rows.place), (y - euler,))

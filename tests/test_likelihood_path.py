@@ -1,0 +1,391 @@
+"""The default likelihood: nodes, weights and probes against closed forms, and its errors' errors.
+
+A mixture's own log-density is the truth. Root mean squares are over samples; each bound leaves a
+third of room over what was measured when it was set.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from scoresolve.digits import load_digits, load_network, to_unit
+from scoresolve.errors import ArgumentError, ShapeError, Status
+from scoresolve.likelihood import Likelihood, log_likelihood, sample_with_log_prob
+from scoresolve.likelihood.nodes import allocate, lagrange_weights, place_nodes
+from scoresolve.metrics import class_mixture
+from scoresolve.models import Model, NetworkModel, from_denoiser, scale_of_data
+from scoresolve.noise import Philox
+from scoresolve.sde import EDM, VP, GaussianSDE, RectifiedFlow, TimeLike, as_time
+from scoresolve.solvers import DormandPrince
+from scoresolve.targets import GaussianMixture, LowRank, gaussian, random_mixture, ring
+from tests.strategies import (
+    PROCESSES,
+    BenesSDE,
+    benes_log_density,
+    dtypes,
+    event_shapes,
+    generator,
+    normal,
+)
+
+
+def rms(error: Tensor) -> float:
+    return float(error.double().square().mean().sqrt())
+
+
+def low_rank_mixture(size: int, components: int, rank: int, std: float, rest: float) -> Any:
+    rng = generator(size)
+    means = 0.7 * std * normal(rng, components, size)
+    factor = 0.7 * std / math.sqrt(rank) * normal(rng, components, size, rank)
+    variances = torch.full((components,), rest**2, dtype=torch.float64)
+    return GaussianMixture(torch.ones(components), means, LowRank(factor, variances))
+
+
+CASES = {
+    "ring 2-D": (ring, 256, 0.01, 205),
+    "digits 64-D": (class_mixture, 192, 0.45, 215),
+    "ten 64-D": (lambda: random_mixture(64, 10, seed=7), 192, 0.65, 225),
+    "uneven 32-D": (lambda: random_mixture(32, 5, 5, spread=0.5, stds=(0.05, 0.5)), 192, 0.6, 225),
+    "low rank 256-D": (lambda: low_rank_mixture(256, 5, 16, 0.5, 0.05), 128, 1.9, 240),
+    "low rank 3072-D": (lambda: low_rank_mixture(3072, 1, 8, 0.5, 0.2), 8, 2.5, 300),
+}
+
+
+@functools.cache
+def default(case: str) -> tuple[GaussianMixture, Tensor, Likelihood]:
+    """A mixture, samples of it and their likelihood by the default call on VP."""
+    make, rows, _, _ = CASES[case]
+    mix: GaussianMixture = make()
+    x = mix.sample(rows, seed=5)
+    return mix, x, log_likelihood(mix.score_model(VP()), VP(), x)
+
+
+# Nodes and weights
+
+
+@given(ratio=st.floats(0.2, 4.0), c=st.floats(0.1, 10.0))
+def test_quadrature_gives_the_log_ratio_of_two_gaussians(ratio: float, c: float) -> None:
+    """int (s^2/(s^2 + k^2) - c^2/(c^2 + k^2)) dlog k = log(s/c), from 0 to infinity."""
+    for sde in (VP(), EDM(), RectifiedFlow()):
+        nodes = place_nodes(sde, c, 60, 1e-5 if sde.T == 1 else sde.t_min, sde.T)
+        s = c * ratio
+        values = s**2 / (s**2 + nodes.k**2) - c**2 / (c**2 + nodes.k**2)
+        tail = values[-1] / 2
+        assert abs(nodes.weights @ values + tail - math.log(ratio)) < 2e-3
+        assert abs(nodes.coarse @ values + tail - math.log(ratio)) < 3e-2
+        assert (nodes.coarse[1:-1:2] == 0).all()
+
+
+@given(degree=st.integers(0, 4), start=st.floats(-1, 1), end=st.floats(-1, 1))
+def test_lagrange_weights_are_exact_for_polynomials(degree: int, start: float, end: float) -> None:
+    nodes = np.array([-0.7, -0.2, 0.3, 0.5, 1.0])[: degree + 1]
+    exact = (end ** (degree + 1) - start ** (degree + 1)) / (degree + 1)
+    assert abs(lagrange_weights(nodes, start, end) @ nodes**degree - exact) < 1e-12
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=40), st.integers(1, 500))
+def test_allocated_counts_fit_the_budget_and_follow_the_density(
+    density: list[float], total: int
+) -> None:
+    counts = allocate(np.array(density), total)
+    assert counts.sum() == max(total, len(density)) and counts.min() >= 1
+    for i, j in zip(range(len(density)), range(1, len(density)), strict=False):
+        if density[i] > density[j]:
+            assert counts[i] >= counts[j]
+
+
+# Accuracy
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_default_meets_its_accuracy_at_its_cost(case: str) -> None:
+    mix, x, found = default(case)
+    _, _, bound, cost = CASES[case]
+    assert bool(found.ok.all()) and found.x is not None and torch.equal(found.x, x)
+    assert rms(found.log_prob - mix.log_prob(x)) < bound
+    assert float(found.cost.mean()) < cost
+
+
+@pytest.mark.parametrize("case", ["digits 64-D", "ten 64-D", "low rank 256-D"])
+def test_two_thirds_of_the_errors_lie_within_one_standard_error(case: str) -> None:
+    mix, x, found = default(case)
+    inside = ((found.log_prob - mix.log_prob(x)).abs() < found.standard_error).double().mean()
+    # Normal errors: 68.3 %, give or take 3 binomial deviations over the rows.
+    expected = math.erf(math.sqrt(0.5))
+    assert abs(float(inside) - expected) < 3 * math.sqrt(expected * (1 - expected) / len(x))
+
+
+def test_more_cost_buys_accuracy() -> None:
+    mix, x, found = default("digits 64-D")
+    more = log_likelihood(mix.score_model(VP()), VP(), x, cost=460)
+    truth = mix.log_prob(x)
+    assert rms(more.log_prob - truth) < min(0.2, 0.6 * rms(found.log_prob - truth))
+    assert float(more.cost.mean()) < 475
+
+
+def test_the_pilot_saves_probes_where_data_are_uneven() -> None:
+    mix, sde = random_mixture(32, 5, 5, spread=0.5, stds=(0.01, 0.5)), VP()
+    x, model = mix.sample(96), mix.score_model(sde)
+
+    def blind(y: Tensor, t: Tensor, own: Tensor) -> Tensor:
+        return model(y, t)
+
+    blind.data_scale = model.data_scale  # type: ignore[attr-defined]
+    aware = log_likelihood(model, sde, x, seed=1).standard_error
+    # Conditions of their own for the rows rule the pilot out.
+    even = log_likelihood(blind, sde, x, seed=1, own=torch.zeros(len(x))).standard_error
+    assert rms(aware) < 0.95 * rms(even)
+
+
+@settings(max_examples=20)
+@given(
+    sde=st.one_of(*(PROCESSES[n] for n in ("VP", "SubVP", "CosineVP", "EDM", "RectifiedFlow"))),
+    event=event_shapes(),
+    dtype=dtypes(),
+    trace=st.sampled_from(["exact", "hutchinson"]),
+)
+def test_gaussian_data_of_any_shape_and_dtype_on_any_process(
+    sde: GaussianSDE, event: tuple[int, ...], dtype: torch.dtype, trace: str
+) -> None:
+    assume(float(sde.log_snr(sde.T)) < -5)  # a process that ends in noise
+    rng, size = generator(1), math.prod(event)
+    mean, variance = normal(rng, 1, *event)[0] / 2, normal(rng, 1, *event)[0].div(2).exp()
+    mix = gaussian(mean, variance)
+    x = (mean + variance.sqrt() * normal(rng, 3, *event)).to(dtype)
+    found = log_likelihood(mix.score_model(sde), sde, x, trace=trace)
+    assert found.log_prob.dtype == dtype and found.latent.shape == x.shape
+    assert found.latent.dtype == dtype and found.standard_error.shape == (3,)
+    torch.testing.assert_close(
+        found.log_prob.double(), mix.log_prob(x.double()), rtol=0.01, atol=0.05 + 0.01 * size
+    )
+    # The latent is a draw from the marginal at T.
+    radius = (sde.alpha(sde.T) ** 2 * variance + sde.sigma(sde.T) ** 2).sqrt()
+    expected = sde.alpha(sde.T) * mean + radius * (x.double() - mean) / variance.sqrt()
+    torch.testing.assert_close(
+        found.latent.double(), expected, rtol=0.02, atol=0.02 * float(sde.sigma(sde.T))
+    )
+    prior = sde.prior(x.shape, dtype=torch.float64).log_prob(found.latent.double())
+    assert found.log_det is not None
+    torch.testing.assert_close(found.log_det.double() + prior, found.log_prob.double())
+
+
+class _Perturbed(Model):
+    """A score 3 % off, in a pattern of its own."""
+
+    def __init__(self, model: Model) -> None:
+        self.model, self.sde, self.data_scale = model, model.sde, model.data_scale
+
+    def predict(self, prediction: str, x: Tensor, t: TimeLike, **cond: Any) -> Tensor:
+        size = x.shape[1]
+        phase = torch.arange(size, dtype=x.dtype)
+        exact = self.model.predict(prediction, x, t)
+        return exact * (1 + 0.03 * torch.sin(x.roll(1, 1) + phase))
+
+
+def test_a_perturbed_score_gets_the_likelihood_of_its_own_flow() -> None:
+    mix, sde = random_mixture(24, 4, spread=1.0), VP()
+    home = mix.score_model(sde)
+    model = NetworkModel(lambda x, t: _Perturbed(home)(x, t), sde, "score")
+    model.data_scale = home.data_scale
+    x = mix.sample(48)
+    long = log_likelihood(model, sde, x, trace="exact", solver=DormandPrince(1e-7, 1e-7))
+    found = log_likelihood(model, sde, x)
+    assert rms(long.log_prob - mix.log_prob(x)) > 0.6  # the perturbation matters
+    # What is left is what probes and nodes leave, and that this model's own law at T is no prior.
+    assert rms(found.log_prob - long.log_prob) < 0.5
+    exact = log_likelihood(model, sde, x, trace="exact", nfe=64)
+    assert rms(exact.log_prob - long.log_prob) < 0.25
+
+
+def test_the_digits_network_agrees_with_a_long_exact_run() -> None:
+    model = from_denoiser(load_network(dtype=torch.float64))
+    x = to_unit(load_digits("test").levels[:3]).double()
+    long = log_likelihood(model, VP(), x, trace="exact", nfe=40)
+    found = log_likelihood(model, VP(), x, seed=2)
+    z = (found.log_prob - long.log_prob) / found.standard_error
+    assert bool((z.abs() < 4).all()) and rms(found.log_prob - long.log_prob) < 1.0
+
+
+# Errors by their source
+
+
+def test_an_exact_trace_has_no_standard_error_and_knows_its_other_errors() -> None:
+    mix, sde = random_mixture(6, 3, spread=1.0), VP()
+    x, model = mix.sample(128), mix.score_model(sde)
+    truth = mix.log_prob(x)
+    for nodes in (20, 40):
+        found = log_likelihood(model, sde, x, trace="exact", nfe=nodes)
+        budget = found.budget
+        assert budget is not None and bool((found.standard_error == 0).all())
+        assert torch.equal(budget.probes, found.standard_error)
+        claimed = budget.path + budget.quadrature
+        within = ((found.log_prob - truth).abs() < claimed + 1e-4).double().mean()
+        assert float(within) > 0.9
+
+
+def test_the_correction_at_the_data_end_is_of_first_order() -> None:
+    """Starting late blurs the density to first order; the result has an error of second."""
+    mix, sde = random_mixture(8, 1, spread=0.3, stds=(0.1, 0.4)), VP()
+    x, model = mix.sample(64), mix.score_model(sde)
+    errors, sizes = [], []
+    for t in (1e-3, 2e-3):
+        found = log_likelihood(model, sde, x, trace="exact", nfe=160, t_start=t)
+        errors.append(rms(found.log_prob - mix.log_prob(x)))
+        assert found.budget is not None
+        sizes.append(float(found.budget.data_end.mean()))
+        blurred = mix.marginal(sde, t).log_prob(x) - mix.log_prob(x)
+        assert errors[-1] < rms(blurred) / 10
+    assert 1.7 < sizes[1] / sizes[0] < 2.4  # sigma^2 is linear in t
+
+
+def test_a_late_end_is_made_up_for_by_the_law_that_the_model_has_there() -> None:
+    sde = EDM()
+    mix = random_mixture(3, 3, spread=1.0)
+    x = mix.sample(64) + 1.5  # a mean that a centred prior does not know
+    moved = GaussianMixture(mix.weights, mix.means + 1.5, mix.covariances)
+    model, truth = moved.score_model(sde), moved.log_prob(x)
+    found = log_likelihood(model, sde, x, t_end=8.0, trace="exact", nfe=96)
+    centred = log_likelihood(model, sde, x, t_end=8.0, solver="dopri5")
+    error = found.log_prob - truth
+    assert rms(error) < 0.01 < 0.2 < rms(centred.log_prob - truth)
+
+
+def test_the_trace_beyond_a_late_end_is_counted() -> None:
+    sde, mix = EDM(), gaussian(torch.zeros(3, dtype=torch.float64), 1.0)
+    exact = mix.score_model(sde)
+    model = NetworkModel(lambda x, t: exact(x, t), sde, "score")
+    model.data_scale = scale_of_data(1.5, 3)  # not the data's own, so that there is a rest
+    x = mix.sample(16)
+    found = log_likelihood(model, sde, x, t_end=8.0, trace="exact", nfe=96)
+    assert found.budget is not None
+    error = float((found.log_prob - mix.log_prob(x)).abs().max())
+    assert error < float(found.budget.prior.min()) / 2  # the end of the path has errors too
+
+
+# Rows
+
+
+def test_rows_that_need_more_nodes_get_them_and_nobody_else() -> None:
+    mix, sde = ring(), VP()
+    x, model = mix.sample(256, seed=1), mix.score_model(sde)
+    found = log_likelihood(model, sde, x, trace="exact", nfe=24)
+    more = found.forwards > 24
+    assert 0 < int(more.sum()) < 64
+    alone = log_likelihood(model, sde, x[~more], trace="exact", nfe=24)
+    torch.testing.assert_close(alone.log_prob, found.log_prob[~more], rtol=1e-9, atol=1e-9)
+    assert float((found.log_prob - mix.log_prob(x)).abs().max()) < 0.5
+
+
+@pytest.mark.parametrize("trace", ["exact", "hutchinson"])
+def test_no_row_depends_on_the_batch_even_if_taken_up_again(trace: str) -> None:
+    mix, sde = ring(), VP()
+    x, model = mix.sample(128, seed=1), mix.score_model(sde)
+    options: dict[str, Any] = {"trace": trace, "nfe": 14}
+    whole = log_likelihood(model, sde, x, seed=3, **options)
+    assert bool((whole.forwards > 14).any())
+    split = log_likelihood(model, sde, x, seed=3, chunk=50, **options)
+    part = log_likelihood(model, sde, x[11:29], noise=Philox(3, first_sample=11), **options)
+    for other, rows in ((split, slice(None)), (part, slice(11, 29))):
+        for name in ("log_prob", "standard_error", "latent", "forwards", "products"):
+            expected = getattr(whole, name)[rows]
+            torch.testing.assert_close(getattr(other, name), expected, rtol=1e-8, atol=1e-8)
+
+
+# Samples with their density
+
+
+@pytest.mark.parametrize("sde", [VP(), EDM(), RectifiedFlow()], ids=lambda sde: type(sde).__name__)
+def test_samples_come_with_their_log_density(sde: GaussianSDE) -> None:
+    mix = random_mixture(2, 3, spread=1.0)
+    options: dict[str, Any] = {"seed": 4, "dtype": torch.float64}
+    drawn = sample_with_log_prob(mix.score_model(sde), sde, (256, 2), **options)
+    assert drawn.x is not None and bool(drawn.ok.all())
+    truth = mix.log_prob(drawn.x)
+    assert float((drawn.log_prob - truth).abs().median()) < 2e-3
+    assert rms(drawn.log_prob - truth) < 0.05
+    assert drawn.log_det is not None
+    prior = sde.prior((256, 2), dtype=torch.float64).log_prob(drawn.latent)
+    torch.testing.assert_close(drawn.log_det + prior, drawn.log_prob)
+    again = log_likelihood(mix.score_model(sde), sde, drawn.x)
+    assert float((again.latent - drawn.latent).abs().median()) < 2e-3 * sde.prior_std
+    parts = sample_with_log_prob(mix.score_model(sde), sde, (256, 2), chunk=100, **options)
+    assert parts.x is not None
+    torch.testing.assert_close(parts.x, drawn.x)
+    # E[-log p] of draws from p is the entropy; compare with the mixture's own draws.
+    own = mix.log_prob(mix.sample(4096))
+    gap = float(drawn.log_prob.mean() - own.mean())
+    assert abs(gap) < 4 * float(own.std()) * math.sqrt(1 / 256 + 1 / 4096)
+
+
+def test_the_way_to_data_is_the_way_to_noise_backwards() -> None:
+    sde, mix = EDM(), random_mixture(2, 3, spread=1.0)
+    model = mix.score_model(sde)
+    options: dict[str, Any] = {"trace": "exact", "nfe": 120}
+    drawn = sample_with_log_prob(model, sde, (64, 2), dtype=torch.float64, **options)
+    assert drawn.x is not None
+    again = log_likelihood(model, sde, drawn.x, **options)
+    assert float((again.latent - drawn.latent).abs().median()) < 1e-6 * sde.prior_std
+    # From sigma = 0.1 on, the noise that is left is removed to first order.
+    late = sample_with_log_prob(model, sde, (64, 2), dtype=torch.float64, t_end=0.1, **options)
+    assert late.x is not None
+    assert float((late.x - drawn.x).abs().median()) < 1e-3
+
+
+# Any process
+
+
+def test_a_nonlinear_drift_has_a_likelihood_with_the_prior_that_is_given() -> None:
+    sde = BenesSDE()
+    weights, starts = torch.tensor([0.4, 0.6]).double(), torch.tensor([[0.3], [-0.8]]).double()
+    density = functools.partial(benes_log_density, sde, weights, starts)
+
+    def score(x: Tensor, t: TimeLike) -> Tensor:
+        with torch.enable_grad():
+            leaf = x if x.requires_grad else x.detach().requires_grad_()
+            total = density(leaf, as_time(t).expand(len(x)).to(x)).sum()
+            (gradient,) = torch.autograd.grad(total, leaf, create_graph=True)
+        return gradient
+
+    x = normal(generator(0), 16, 1)
+    found = log_likelihood(
+        score,
+        sde,
+        x,
+        t_start=0.2,
+        prior=lambda y: density(y, torch.full((len(y),), sde.T).double()),
+        solver=DormandPrince(1e-8, 1e-8),
+    )
+    expected = density(x, torch.full((16,), 0.2).double())
+    torch.testing.assert_close(found.log_prob, expected, rtol=0, atol=1e-5)
+    with pytest.raises(ArgumentError, match="prior="):
+        log_likelihood(score, sde, x)
+    with pytest.raises(ShapeError, match="Independent"):
+        law = torch.distributions.Normal(0.0, 1.0)
+        log_likelihood(score, sde, x, t_start=0.2, prior=law, solver=DormandPrince(1e-2, 1e-2))
+
+
+# Ways to differentiate
+
+
+def test_a_network_under_no_grad_is_differentiated_forward() -> None:
+    mix, sde = random_mixture(3, 2, spread=1.0), VP()
+    model, x = mix.score_model(sde), mix.sample(5)
+
+    @torch.no_grad()
+    def guarded(y: Tensor, t: Tensor) -> Tensor:
+        return model(y, t)
+
+    guarded.data_scale = model.data_scale  # type: ignore[attr-defined]
+    expected = log_likelihood(model, sde, x, solver="ab3_flow", nfe=20).log_prob
+    found = log_likelihood(guarded, sde, x, solver="ab3_flow", nfe=20).log_prob
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(log_likelihood(guarded, sde, x).status, torch.full((5,), int(Status.OK)))
