@@ -1,9 +1,18 @@
 """SDE and ODE solvers for score models, each proved against distributions known in closed form."""
 
-from scoresolve import errors, guidance, noise, sde, solvers, targets
+from scoresolve import bounds, errors, gradients, guidance, noise, sde, solvers, targets
+from scoresolve.bounds import (
+    bits_per_dim,
+    continuous_bound,
+    dequantised_log_prob,
+    ito_bound,
+    ito_log_density,
+    variational_bound,
+)
 from scoresolve.certificates import Certificate, certify
 from scoresolve.driving import Samples
 from scoresolve.errors import ScoresolveError, SolveError, Status
+from scoresolve.gradients import differentiable_log_likelihood, differentiable_sample
 from scoresolve.grid import GRIDS, Grid, make_grid
 from scoresolve.latents import noised, slerp
 from scoresolve.likelihood import (
@@ -77,8 +86,14 @@ __all__ = [
     "SubVP",
     "UnderdampedLangevin",
     "as_model",
+    "bits_per_dim",
+    "bounds",
     "certify",
     "check_model",
+    "continuous_bound",
+    "dequantised_log_prob",
+    "differentiable_log_likelihood",
+    "differentiable_sample",
     "encode",
     "errors",
     "from_denoiser",
@@ -89,7 +104,10 @@ __all__ = [
     "from_v",
     "from_x0",
     "get_solver",
+    "gradients",
     "guidance",
+    "ito_bound",
+    "ito_log_density",
     "log_likelihood",
     "make_grid",
     "measure_scale",
@@ -102,4 +120,5 @@ __all__ = [
     "slerp",
     "solvers",
     "targets",
+    "variational_bound",
 ]

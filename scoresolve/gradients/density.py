@@ -1,0 +1,140 @@
+r"""Log-densities as a differentiable function of the data and of the network.
+
+    log p(x) = log N(x_T; 0, prior_std^2 I) + int div v(x_t, t) dt,   dx/dt = v
+
+State and integral are one state [B, D + 1], whose velocity (v, div v) is differentiable because
+the divergence is taken with a graph of its own; it then goes through any plan and any mode.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scoresolve.driving import warn_of_dropout
+from scoresolve.errors import ArgumentError, GridError, whole_number
+from scoresolve.gradients.path import Path
+from scoresolve.grid import Grid, as_grid, make_grid
+from scoresolve.models import Model, as_model
+from scoresolve.noise import NoiseSource, Philox, Purpose
+from scoresolve.plans import check_state
+from scoresolve.sde import EDM, VE, GaussianSDE, TimeLike
+from scoresolve.solvers import Solver, get_solver
+
+__all__ = ["differentiable_log_likelihood"]
+
+Times = Grid | Sequence[float] | Tensor
+
+
+def differentiable_log_likelihood(
+    score: Model | Callable[..., Tensor],
+    sde: GaussianSDE,
+    x: Tensor,
+    *,
+    steps: int = 50,
+    grid: Times | None = None,
+    probes: int | None = None,
+    mode: str = "checkpoint",
+    segment: int | None = None,
+    refine: int = 1,
+    seed: int = 0,
+    **cond: Any,
+) -> Tensor:
+    r"""Log-density under the probability flow, differentiable in data and parameters.
+
+        log p(x) = log N(x_T; 0, prior_std^2 I) + int div v(x_t, t) dt,   dx/dt = v
+
+    by classical Runge-Kutta steps on state and integral together. Its gradient with respect to
+    `x` is the model's score at the first time if that score is exact; a network's own score is an
+    approximation of it, and this is the gradient of the density that the network defines.
+
+    Args:
+        score: callable `score(x, t, **cond)` or a `Model`, twice differentiable.
+        sde: the process, a Gaussian one.
+        x: data at the first time, [B, *event], floating point.
+        steps: Runge-Kutta steps from `sde.t_min` to `sde.T`, four calls each; or
+        grid: increasing times, instead of `steps`.
+        probes: number K >= 1 of Rademacher probes, held fixed along the path: the gradient is
+            that of the estimate. If omitted, the exact divergence, D products a call.
+        mode, segment, refine: as in `differentiable_sample`; the adjoint is that of
+            state and integral together.
+        seed: seed of the probes.
+        **cond: passed on to the model.
+
+    Returns:
+        log p(x), [B] in the dtype of `x`, attached to `x` and to the leaves that the model uses.
+
+    Raises:
+        ArgumentError: the process is not Gaussian, or a number is out of range.
+        ShapeError, GridError, UnknownNameError: as for `differentiable_sample`.
+
+    Source:
+        Chen et al. 2018 (1806.07366), theorem 1 (instantaneous change of variables) and appendix
+        B; Grathwohl et al. 2019 (1810.01367), section 3.1, for fixed probes.
+    """
+    if not isinstance(sde, GaussianSDE):
+        raise ArgumentError(f"{sde} has no prior: give a Gaussian process")
+    check_state(x)
+    if grid is None:
+        name = "karras" if isinstance(sde, VE | EDM) else "quadratic"
+        times = make_grid(name, sde, whole_number("steps", steps), sde.t_min, sde.T)
+    else:
+        times = as_grid(grid)
+    times.check(sde)
+    if times.times[0] > times.times[-1]:
+        raise GridError("the times fall: a likelihood follows data to noise, give increasing times")
+    count = None if probes is None else whole_number("probes", probes)
+    warn_of_dropout(score)
+    flow = _DensityFlow(as_model(score, sde), x, count, Philox(seed), cond)
+    solver = get_solver("rk4_flow")
+    assert isinstance(solver, Solver)
+    start = torch.cat([x.reshape(len(x), -1), x.new_zeros(len(x), 1)], 1)
+    end = Path(solver, sde, times, flow, Philox(seed), {}).solve(start, mode, segment, refine)
+    latent, integral = end[:, :-1], end[:, -1]
+    std = sde.prior_std
+    constant = latent.shape[1] * (math.log(std) + math.log(2 * math.pi) / 2)
+    return integral - (latent / std).square().sum(1) / 2 - constant
+
+
+class _DensityFlow(Model):
+    """The velocity (v, div v) of joint states [B, D + 1], as a differentiable model of "flow"."""
+
+    sde = None
+
+    def __init__(
+        self, model: Model, x: Tensor, probes: int | None, noise: NoiseSource, cond: dict[str, Any]
+    ) -> None:
+        self.model, self.event, self.cond = model, x.shape[1:], cond
+        if probes is None:
+            size = math.prod(self.event)
+            basis = torch.eye(size, dtype=x.dtype, device=x.device).reshape(size, 1, *self.event)
+            self.probes, self.weight = basis.expand(size, *x.shape), 1.0
+        else:
+            draws = [noise.signs(x, draw, Purpose.PROBE) for draw in range(probes)]
+            self.probes, self.weight = torch.stack(draws), 1 / probes
+
+    def predict(self, prediction: str, x: Tensor, t: TimeLike, **cond: Any) -> Tensor:
+        keep = torch.is_grad_enabled()
+        with torch.enable_grad():
+            state = x[:, :-1].reshape(-1, *self.event)
+            state = state if state.requires_grad else state.detach().requires_grad_()
+            v = self.model.predict("flow", state, t, **self.cond)
+            if not v.requires_grad:
+                raise ArgumentError(
+                    "the model's output has no gradient with respect to x: if the network "
+                    "detaches or runs under torch.no_grad, undo that"
+                )
+            products = [
+                torch.autograd.grad(
+                    v, state, z, create_graph=keep, retain_graph=True, materialize_grads=True
+                )[0]
+                for z in self.probes
+            ]
+            trace = (torch.stack(products) * self.probes).reshape(*self.probes.shape[:2], -1)
+            trace = trace.sum((0, 2)) * self.weight
+            joint = torch.cat([v.reshape(len(x), -1), trace[:, None].to(v.dtype)], 1)
+        return joint if keep else joint.detach()
