@@ -171,7 +171,7 @@ class BrownianPath(NoiseSource):
     def _place(self, unit: Tensor) -> Tensor:
         """The time at which a share of the way is done."""
         if self.geometric:
-            return self.t0 * (unit * self.length).exp()
+            return (self.t0 * (unit * self.length).exp()).clamp(max=self.t1)
         return self.t0 + unit * self.length
 
 

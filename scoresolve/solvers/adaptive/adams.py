@@ -81,31 +81,27 @@ class AdaptiveAdams(Adaptive):
         return one, one, rows.u[:, None].repeat(1, kept), differences
 
     def trial(self, way: Coordinates, rows: Rows, u: Tensor, h: Tensor) -> Trial:
-        order, known, places, old = rows.memory
+        order, known, places, differences = rows.memory
+        old, slots = differences.unbind(1), torch.arange(self.most + 1)
         ahead, g = u[:, None] - places, _integrals(places, rows.u, h)
-        columns, every = torch.arange(self.most + 1), torch.arange(len(order))
-        shares = torch.where(columns < order[:, None], g[:, :-1], 0.0).to(old)
+        shares = _columns(torch.where(slots < order[:, None], g[:, :-1], 0.0), old[0])
         y = rows.y
         for j in range(int(order.max())):
-            y = y + lift(shares[:, j], y) * old[:, j]
+            y = y + shares[j] * old[j]
         slope = way.slope(y, u, rows.place)
-        inverse = torch.where(columns < known[:, None], 1 / ahead, 0.0).to(old)
+        inverse = _columns(torch.where(slots < known[:, None], 1 / ahead, 0.0), old[0])
         new = [slope]
         for j in range(int(known.max())):
-            new.append((new[-1] - old[:, j]) * lift(inverse[:, j], slope))
+            new.append((new[-1] - old[j]) * inverse[j])
         new += [torch.zeros_like(slope)] * (self.most + 2 - len(new))
         found = torch.stack(new, 1)
 
-        def difference(orders: Tensor) -> Tensor:
-            return found[every.to(found.device), orders.to(found.device)]
-
-        off = g[:, 1:] - ahead * g[:, :-1]
-        y = y + lift(g[every, order], y) * difference(order)
-        with torch.no_grad():
-            errors = tuple(
-                lift(off[every, at - 1], y) * difference(at)
-                for at in (order, (order - 1).clamp(min=1), order + 1)
-            )
+        orders = torch.stack((order, (order - 1).clamp(min=1), order + 1))
+        every = torch.arange(len(order))
+        top = found[every.to(y.device), orders.to(y.device)]
+        off = (g[:, 1:] - ahead * g[:, :-1])[every, orders - 1]
+        y = y + lift(g[every, order], y) * top[0]
+        errors = off.to(y).reshape(3, -1, *(1,) * (y.ndim - 1)) * top
         known = (known + 1).clamp(max=self.most + 1)
         places = torch.cat([u[:, None], places[:, :-1]], 1)
         return Trial(y, slope, errors, (order, known, places, found[:, :-1]))
@@ -133,6 +129,12 @@ class AdaptiveAdams(Adaptive):
             factor, best = torch.where(better, step, factor), torch.where(better, other, best)
         least, most = torch.where(accept, 0.2, 0.1), torch.where(accept, _GROWTH, 0.9)
         return factor.minimum(most).maximum(least), rows._replace(memory=(best, known, *kept))
+
+
+def _columns(weights: Tensor, like: Tensor) -> tuple[Tensor, ...]:
+    """Columns of weights [b, q], each shaped to multiply `like` [b, *event]."""
+    shaped = weights.to(like).reshape(*weights.shape, *(1,) * (like.ndim - 1))
+    return shaped.unbind(1)
 
 
 def _integrals(places: Tensor, start: Tensor, h: Tensor) -> Tensor:

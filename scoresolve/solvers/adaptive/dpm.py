@@ -68,7 +68,7 @@ class AdaptiveDPMSolver(Adaptive):
             inner = ahead(2) + lift(2 * _excess(k[0], k[2], 2 / 3 * h), bend) * bend
             turn = noise(inner, 2) - eps
             y, lower = ahead(-1) + lift(1.5 * _excess(k[0], k[-1], h), turn) * turn, second
-        return Trial(y, way.slope(y, u, rows.place), (y - lower,))
+        return Trial(y, way.slope(y, u, rows.place), (y - lower)[None])
 
 
 def _excess(start: Tensor, end: Tensor, h: Tensor) -> Tensor:

@@ -61,13 +61,13 @@ class Trial(NamedTuple):
     Attributes:
         y: the states [b, *event] at the end of the step.
         slope: dy/du there.
-        errors: distances of two answers, one or more, the first of which decides.
+        errors: distances of two answers, [n, b, *event], the first of which decides.
         memory: what the rows keep if the step is accepted, each [b, ...].
     """
 
     y: Tensor
     slope: Tensor
-    errors: tuple[Tensor, ...]
+    errors: Tensor
     memory: tuple[Tensor, ...] = ()
 
 
@@ -223,7 +223,7 @@ class Adaptive(Integrator):
         batch = y.shape[0]
         width = min(width or batch, batch)
         waiting, ended = _start_rows(y, way.start), list[Rows]()
-        rows = waiting.part(slice(0))
+        rows = guests = waiting.part(slice(0))
         asked_again = _ASK_AGAIN
         while True:
             done = (rows.status != Status.OK) | (rows.u == way.end)
@@ -231,12 +231,13 @@ class Adaptive(Integrator):
                 ended.append(rows.take(done.nonzero().flatten()).bare())
                 rows = rows.take(done.logical_not().nonzero().flatten())
             free = 0 if self.coupled and len(rows.place) else width - len(rows.place)
-            guests, waiting = waiting.part(slice(free)), waiting.part(slice(free, None))
+            if free and len(waiting.place):
+                guests, waiting = waiting.part(slice(free)), waiting.part(slice(free, None))
             if not len(rows.place) + len(guests.place):
                 break
             try:
                 rows = self._attempt(way, record, rows, guests)
-                guests = guests.part(slice(0))
+                guests = guests.part(slice(0)) if len(guests.place) else guests
                 if bool((rows.accepted + 4 * rows.rejected >= asked_again).any()):
                     asked_again *= 2
                     self._ask_again(way, rows)
@@ -369,18 +370,17 @@ class Adaptive(Integrator):
             )
             raise _Noisy
 
-    def _norms(self, way: Coordinates, errors: Sequence[Tensor], y: Tensor, u: Tensor) -> Tensor:
-        """Root mean squares [n, b] of errors over atol + rtol |y|, in the coordinates' unit."""
+    @torch.no_grad()
+    def _norms(self, way: Coordinates, errors: Tensor, y: Tensor, u: Tensor) -> Tensor:
+        """Root mean squares [n, b] of errors [n, b, *event], in the coordinates' unit."""
         rtol = max(self.rtol, self.ROUNDING * torch.finfo(way.drift.dtype).eps)
         scale, unit = (y.abs() * rtol).clamp(min=torch.finfo(y.dtype).tiny), way.unit(u)
         scale = scale + (self.atol if unit is None else lift(self.atol / unit, y))
-        stacked = torch.cat([error / scale for error in errors])
-        return row_norm(stacked).reshape(len(errors), -1)
+        return row_norm((errors / scale).flatten(0, 1)).reshape(len(errors), -1)
 
-    @torch.no_grad()
     def norm(self, way: Coordinates, v: Tensor, y: Tensor, u: Tensor) -> Tensor:
         """The norm of an error v in which tolerances are meant, on the host."""
-        return self._norms(way, (v,), y.abs(), u)[0].cpu().double()
+        return self._norms(way, v[None], y.abs(), u)[0].cpu().double()
 
 
 class _Guests:

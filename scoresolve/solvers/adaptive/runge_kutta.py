@@ -27,8 +27,7 @@ class _EmbeddedPair(Adaptive):
         for c, weights in zip(self.tableau.c[1:], self.tableau.a[1:], strict=True):
             y = rows.y + step * combine(weights, slopes)
             slopes.append(way.slope(y, u if c == 1 else rows.u + c * h, rows.place))
-        with torch.no_grad():
-            errors = tuple(step * combine(e, slopes) for e in self.tableau.e)
+        errors = torch.stack([step * combine(e, slopes) for e in self.tableau.e])
         return Trial(y, slopes[-1], errors)
 
     def judge(self, rows: Rows, errors: Tensor) -> Tensor:

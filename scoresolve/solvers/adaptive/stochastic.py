@@ -138,7 +138,7 @@ class AdaptiveSDE(_Driven):
         y = flat + lift(late, rise) * step * rise
         x0 = way.slope(y, u, rows.place)
         change = x0 - rows.slope
-        return Trial(y, x0, (lift(late, x0) * (change - step * rise),), (change / step,))
+        return Trial(y, x0, (lift(late, x0) * (change - step * rise))[None], (change / step,))
 
 
 class _Driver(Time):
@@ -206,4 +206,4 @@ class GottaGoFast(_Driven):
         euler = rows.y + step * rows.slope + early
         improved = rows.y + step * way.slope(euler, u, rows.place) + late
         y = (euler + improved) / 2
-        return Trial(y, way.slope(y, u, rows.place), (y - euler,))
+        return Trial(y, way.slope(y, u, rows.place), (y - euler)[None])

@@ -1,0 +1,117 @@
+"""States between the steps of an adaptive solver, and events."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_adaptive import decay, rows, state
+from test_adaptive_engine import ON_THE_WAY, SOLVERS, TWO, WAYS, decayed, gaussian_net, same, spread
+from torch import Tensor
+
+import scoresolve as ss
+from scoresolve.errors import ArgumentError, Status
+from scoresolve.solvers.adaptive import (
+    Adaptive,
+    AdaptiveAdams,
+)
+from scoresolve.solvers.registry import REGISTRY
+
+
+@pytest.mark.parametrize("name", ON_THE_WAY)
+@pytest.mark.parametrize("ends", [(0.0, 2.0), (2.0, 0.0)])
+@pytest.mark.parametrize("width", [None, 2])
+def test_states_on_the_way_are_as_good_as_the_end_and_cost_nothing(
+    name: str, ends: tuple[float, float], width: int | None
+) -> None:
+    x, tolerance = state(4, 3), 1e-5
+    times = torch.linspace(*ends, 11, dtype=torch.float64).tolist()
+    plain = SOLVERS[name](tolerance, tolerance).solve(decay, x, *ends, width=width)
+    solver = SOLVERS[name](tolerance, tolerance, save_at=times, dense=True)
+    solution = solver.solve(decay, x, *ends, width=width)
+    same(solution, plain)
+    assert solution.nfe == plain.nfe
+    start = ends[0]
+    for t, saved in zip(times, solution.saved, strict=True):
+        exact = decayed(x, t) / math.exp(-start - start * start / 2)
+        bound = 100 * tolerance * max(1.0, float(exact.abs().max()))
+        assert (saved - exact).abs().max() < bound, t
+        torch.testing.assert_close(solution.path(t), saved, rtol=1e-10, atol=1e-10)
+    assert torch.equal(solution.saved[0], x)
+    torch.testing.assert_close(solution.saved[-1], solution.x, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "coordinates"), [way for way in WAYS if way[0] != "dop853"])
+def test_saved_states_lie_on_the_exact_flow(name: str, coordinates: str | None) -> None:
+    sde, variance, x = ss.VP(), 0.4, state(3, 2)
+    times, kind = (1.0, 0.9, 0.5, 0.11, 0.01, 1e-3), type(REGISTRY[name]())
+    solver = kind(1e-5, 1e-5, coordinates=coordinates, save_at=times, dense=True)
+    found = ss.sample(gaussian_net(sde, variance), sde, x=x, solver=solver)
+    for t, saved in zip(times, found.saved, strict=True):
+        exact = x * spread(sde, variance, t) / spread(sde, variance, 1.0)
+        torch.testing.assert_close(saved, exact, rtol=0, atol=1e-3)
+        torch.testing.assert_close(found.path(t), exact, rtol=0, atol=1e-3)
+    with pytest.raises(ArgumentError, match="outside"):
+        found.path(1.5)
+
+
+@pytest.mark.parametrize("name", ON_THE_WAY)
+@settings(max_examples=2)
+@given(
+    levels=st.lists(st.floats(0.05, 0.95), min_size=3, max_size=3),
+    backward=st.booleans(),
+    width=st.sampled_from([None, 2]),
+)
+def test_each_row_ends_where_its_own_event_happens(
+    name: str, levels: list[float], backward: bool, width: int | None
+) -> None:
+    ends = (1.5, 0.0) if backward else (0.0, 1.5)
+    x = rows(1.0, -1.0, 3.0)
+    wanted = torch.tensor(levels, dtype=torch.float64) * x[:, 0]
+    fraction = {round(v, 12): w for v, w in zip(x[:, 0].tolist(), wanted.tolist(), strict=True)}
+    start = ends[0]
+    # y carries its own level in the second element
+    y = torch.stack((x[:, 0], torch.tensor(list(fraction.values()), dtype=torch.float64)), 1)
+    if backward:
+        y[:, 0] *= math.exp(-start - start * start / 2)
+
+    def drift(x: Tensor, t: Tensor, *_: Tensor) -> Tensor:
+        return torch.stack((-x[:, 0] * (1 + t), 0 * x[:, 1]), 1)
+
+    solver = SOLVERS[name](
+        1e-6, 1e-6, event=lambda x, t: x[:, 0] - x[:, 1], save_at=(start, ends[1]), dense=True
+    )
+    solution = solver.solve(drift, y, *ends, width=width)
+    when = -1 + torch.sqrt(1 - 2 * torch.tensor(levels, dtype=torch.float64).log())
+    met = when < 1.5
+    assert (solution.status == torch.where(met, int(Status.EVENT), 0)).all()
+    torch.testing.assert_close(solution.t[met], when[met], rtol=0, atol=1e-4)
+    torch.testing.assert_close(solution.x[met, 0], wanted[met], rtol=0, atol=1e-5)
+    assert solution.saved[1].isnan().any(1).equal(met)
+    assert torch.equal(solution.saved[0], y)
+    late = max(ends[1], 1e-9) if backward else ends[1]
+    assert solution.path(late).isnan().any(1).equal(met)
+
+
+@pytest.mark.parametrize("solver_class", TWO)
+def test_nothing_is_known_of_a_row_right_after_its_event(solver_class: type[Adaptive]) -> None:
+    x = state(3, 2)
+    solver = solver_class(1e-6, 1e-6, dense=True, save_at=(0.2, 0.31), event=lambda x, t: t - 0.3)
+    solution = solver.solve(decay, x, 0.0, 1.0)
+    torch.testing.assert_close(solution.t, torch.full_like(solution.t, 0.3), rtol=0, atol=1e-12)
+    torch.testing.assert_close(solution.saved[0], decayed(x, 0.2), rtol=0, atol=1e-4)
+    assert solution.saved[1].isnan().all()
+    torch.testing.assert_close(solution.path(0.299), decayed(x, 0.299), rtol=0, atol=1e-4)
+    assert solution.path(0.31).isnan().all()
+
+
+def test_an_event_counts_as_success() -> None:
+    sde, x = ss.VP(), rows(0.5, -1.5, 1.2)
+    solver = AdaptiveAdams(event=lambda x, t: t - 0.4)
+    found = ss.sample(gaussian_net(sde, 0.5), sde, x=x, solver=solver, raise_on_failure=True)
+    assert found.ok.all() and (found.status == Status.EVENT).all()
+    exact = x * spread(sde, 0.5, 0.4) / spread(sde, 0.5, 1.0)
+    torch.testing.assert_close(found.x, exact, rtol=0, atol=3e-3)

@@ -1,0 +1,295 @@
+"""Adaptive solvers of the reverse SDE, and the geometric Brownian path that drives them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import scoresolve as ss
+from scoresolve.errors import ArgumentError, Status
+from scoresolve.models import Model
+from scoresolve.noise import BrownianPath, Philox
+from scoresolve.sde import GaussianSDE
+from scoresolve.solvers import AdaptiveSDE, GottaGoFast
+from scoresolve.solvers.adaptive import Adaptive
+from scoresolve.solvers.adaptive.rows import lift
+from scoresolve.solvers.integrator import GaussianFlow
+
+F64 = torch.float64
+SOLVERS: list[type[Adaptive]] = [AdaptiveSDE, GottaGoFast]
+SCALES = [(1e-9, 1.0), (1e-4, 3e5), (2.0, 2.5), (1e-4, 1e10)]
+
+
+def empty(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=F64)
+
+
+def start(sde: GaussianSDE, *shape: int, variance: float = 1.0) -> Tensor:
+    """Exact samples of x_T for data N(0, variance)."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(5), dtype=F64)
+    return spread(sde, variance, sde.T) * x
+
+
+def spread(sde: GaussianSDE, variance: float, t: float) -> float:
+    return math.hypot(float(sde.alpha(t)) * math.sqrt(variance), float(sde.sigma(t)))
+
+
+def gaussian_model(sde: GaussianSDE, variance: float) -> Model:
+    """The posterior mean alpha v/(alpha^2 v + sigma^2) x of data N(0, v)."""
+
+    def x0(x: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = sde.alpha(t.double()), sde.sigma(t.double())
+        return lift(alpha * variance / (alpha**2 * variance + sigma**2), x) * x
+
+    x0.data_scale = math.sqrt(variance)  # type: ignore[attr-defined]
+    return ss.from_x0(x0, sde)
+
+
+def snr_path(sde: GaussianSDE, seed: int) -> BrownianPath:
+    """The path of tau = alpha^2/sigma^2 that `adaptive_sde` reads."""
+    ends = (float(sde.log_snr(t).exp()) for t in (sde.T, sde.t_min))
+    return BrownianPath(Philox(seed), *ends, geometric=True)
+
+
+def integral(
+    path: BrownianPath, x: Tensor, times: Tensor, weight: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """The integral of weight(s) dW(s) along `times`, for each sample of x."""
+    samples, steps = len(x), len(times)
+    each = torch.arange(samples).repeat_interleave(steps)
+    like = empty(len(each), *x.shape[1:])
+    w = path.rows(each).increment(like, float(times[0]), times.repeat(samples))
+    dw = w.reshape(samples, steps, *x.shape[1:]).diff(dim=1)
+    middle = (weight(times[1:]) + weight(times[:-1])) / 2
+    return (middle[:, None] * dw).sum(1)
+
+
+def exact_from_snr(sde: GaussianSDE, v: float, x: Tensor, seed: int) -> Tensor:
+    """z = tau x/alpha of d(z) = v z/(1 + v tau) dtau + dB, by variation of constants."""
+    path = snr_path(sde, seed)
+    tau = torch.logspace(math.log10(path.t0), math.log10(path.t1), 4001, dtype=F64)
+    tau = tau.clamp(path.t0, path.t1)
+    z = path.t0 * x / float(sde.alpha(sde.T)) / (1 + v * path.t0)
+    z = (1 + v * path.t1) * (z + integral(path, x, tau, lambda s: 1 / (1 + v * s)))
+    return float(sde.alpha(sde.t_min)) * z / path.t1
+
+
+def exact_from_time(sde: ss.EDM, v: float, x: Tensor, seed: int) -> Tensor:
+    """x of dx = 2t x/(v + t^2) dt + sqrt(2t) dW, from T down, by variation of constants."""
+    path = BrownianPath(Philox(seed), sde.t_min, sde.T)
+    t = sde.T * torch.linspace(1, (sde.t_min / sde.T) ** 0.25, 8001, dtype=F64) ** 4
+    t[-1] = sde.t_min
+    whole = integral(path, x, t, lambda s: (2 * s).sqrt() / (v + s * s))
+    return (v + sde.t_min**2) * (x / (v + sde.T**2) + whole)
+
+
+# The path
+
+
+@settings(max_examples=40)
+@given(
+    ends=st.sampled_from(SCALES),
+    shares=st.lists(st.floats(0, 1), min_size=2, max_size=8, unique=True),
+    share=st.sampled_from([2.0**-24, 1e-3, 0.3]),
+)
+def test_law_of_a_geometric_path_is_that_of_brownian_motion_to_the_last_level(
+    ends: tuple[float, float], shares: list[float], share: float
+) -> None:
+    length = math.log(ends[1] / ends[0])
+    path = BrownianPath(Philox(0), *ends, share * length, geometric=True)
+    times = (ends[0] * (torch.tensor(shares, dtype=F64) * length).exp()).clamp(*ends)
+    nodes, weights = path._nodes(times)
+    same = nodes[:, :, None] == nodes[:, None, :]
+    covariance = torch.where(same, weights[:, :, None] * weights[:, None, :], 0.0).sum(0)
+    apart = (times.log()[:, None] - times.log()).abs() >= path.tolerance * (1 + 1e-6)
+    apart |= torch.eye(len(times), dtype=torch.bool)
+    expected = torch.minimum(times[:, None], times) - ends[0]
+    error = (covariance - expected).abs() / torch.maximum(times[:, None], times)
+    assert error[apart].max() < 1e-11
+    for level in (nodes[1:, :] >> torch.arange(path.levels + 1)[:, None],):
+        assert (level == 1).all()  # 2^l + i, with i < 2^l: no two levels share a normal
+
+
+def test_early_times_of_a_geometric_path_are_resolved_relative_to_themselves() -> None:
+    n, ends = 2**14, (1e-9, 1e3)
+    t = torch.logspace(-9, 2.9, n, dtype=F64)
+    like, s = empty(n, 4), t * (1 + 1e-5)
+    z = BrownianPath(Philox(2), *ends, geometric=True)(like, t, s)
+    assert abs(float(z.square().mean()) - 1) < 4 * math.sqrt(2 / z.numel())
+    early = slice(0, n // 4)
+    plain = BrownianPath(Philox(2), *ends)(like, t, s)[early]
+    assert abs(float(plain.square().mean()) - 1) > 0.5
+
+
+@given(st.sampled_from(SCALES), st.lists(st.floats(0, 1), min_size=1, max_size=12))
+def test_a_geometric_path_does_not_depend_on_the_steps_that_read_it(
+    ends: tuple[float, float], shares: list[float]
+) -> None:
+    path, like = BrownianPath(Philox(1), *ends, geometric=True), empty(3, 2)
+    length = math.log(ends[1] / ends[0])
+    inner = [min(max(ends[0] * math.exp(u * length), ends[0]), ends[1]) for u in shares]
+    whole = path.increment(like, *ends)
+    parts = sum(path.increment(like, *step) for step in pairwise([ends[0], *inner, ends[1]]))
+    atol = 1e-11 * math.sqrt(ends[1])
+    torch.testing.assert_close(parts, whole, rtol=0, atol=atol)
+    back = path.increment(like, inner[0], ends[0])
+    assert torch.equal(back, -path.increment(like, ends[0], inner[0]))
+    expected = math.sqrt(ends[1] - ends[0]) * Philox(1).normal(like, 0, ss.noise.Purpose.BROWNIAN)
+    torch.testing.assert_close(whole, expected, rtol=1e-12, atol=0)
+    for t in ends:
+        assert torch.equal(path.increment(like, t, t), torch.zeros(3, 2, dtype=F64))
+
+
+@given(st.integers(1, 37), st.integers(1, 5), st.sampled_from([torch.float32, F64]))
+def test_rows_of_a_geometric_path_do_not_know_their_batch(
+    n: int, width: int, dtype: torch.dtype
+) -> None:
+    path, like = BrownianPath(Philox(7, 5), 1e-4, 3e5, geometric=True), empty(n, width).to(dtype)
+    share = torch.rand(2, n, generator=torch.Generator().manual_seed(n), dtype=F64)
+    t, s = 1e-4 * (share * math.log(3e9)).exp()
+    whole = path.increment(like, t, s)
+    for index in (slice(n // 2, None), torch.tensor([n - 1, 0])):
+        part = path.rows(index).increment(like[index], t[index], s[index])
+        assert torch.equal(part, whole[index])
+
+
+@pytest.mark.parametrize("ends", [(0.0, 1.0), (-1.0, 1.0), (1.0, 1.0), (2.0, 1.0), (math.nan, 1.0)])
+def test_a_geometric_path_needs_a_positive_start(ends: tuple[float, float]) -> None:
+    with pytest.raises(ArgumentError, match="give 0 < t0 < t1"):
+        BrownianPath(Philox(0), *ends, geometric=True)
+
+
+# The law does not depend on the steps
+
+
+@settings(max_examples=30)
+@given(
+    sde=st.sampled_from([ss.VP(), ss.EDM(), ss.CosineVP()]),
+    first_step=st.sampled_from([None, 1e-3, 0.07, 3.0]),
+    longest=st.sampled_from([0.2, 0.9, 5.0]),
+    refused=st.sets(st.integers(1, 12), max_size=4),
+)
+def test_one_point_of_data_is_reached_along_the_path_whatever_the_steps(
+    sde: GaussianSDE, first_step: float | None, longest: float, refused: set[int]
+) -> None:
+    calls, spoilt, point = 0, 0, torch.tensor([0.7, -2.0], dtype=F64)
+
+    def x0(x: Tensor, t: Tensor) -> Tensor:
+        nonlocal calls, spoilt
+        calls += 1
+        row = torch.arange(len(x)) % 2 == calls % 2
+        row &= calls - 1 in refused
+        spoilt += int(row.sum())
+        return (0 * x + point).masked_fill(row[:, None], math.nan)
+
+    solver = AdaptiveSDE(first_step=first_step)
+    solver.longest = longest
+    x = start(sde, 4, 2)
+    found = ss.sample(ss.from_x0(x0, sde), sde, x=x, solver=solver, seed=3)
+    assert found.ok.all()
+    path = snr_path(sde, 3)
+    b = path.increment(x, path.t0, path.t1)
+    z = path.t0 * x / float(sde.alpha(sde.T)) + (path.t1 - path.t0) * point + b
+    exact = float(sde.alpha(sde.t_min)) * z / path.t1
+    torch.testing.assert_close(found.x, exact, rtol=0, atol=1e-9)
+    assert found.rejected.sum() >= spoilt
+
+
+class Wary:
+    """Refuses a step for the size of its noise alone."""
+
+    def trial(self, way: Any, rows: Any, u: Tensor, h: Tensor) -> Any:
+        trial = super().trial(way, rows, u, h)  # type: ignore[misc]
+        kept = way.snr(rows.u) / way.snr(u) if hasattr(way, "snr") else torch.ones_like(u)
+        return trial._replace(errors=(trial.y - lift(kept, rows.y) * rows.y)[None])
+
+
+class Forgetful(Wary):
+    """Draws fresh noise at every attempt, as a solver without a tree does."""
+
+    def way(self, *args: Any) -> Any:
+        way, generator = super().way(*args), torch.Generator().manual_seed(1)  # type: ignore[misc]
+
+        def fresh(rows: Any, t: Tensor, s: Tensor) -> Tensor:
+            z = torch.randn(rows.y.shape, generator=generator, dtype=F64)
+            return lift((s - t).abs().sqrt(), z) * z
+
+        if hasattr(way, "snr"):
+            way.increment = lambda rows, u: fresh(rows, way.snr(rows.u), way.snr(u))
+        else:
+            way.kick = lambda rows, u: (fresh(rows, rows.u, u),) * 2
+        return way
+
+
+def pure_noise(kind: type[Adaptive], habit: type) -> tuple[Tensor, Tensor]:
+    """Normalised ends of paths with no data to move them, and what W says of them."""
+    n, solver = 4000, type("Habit", (habit, kind), {})(0.0, 0.3)
+    noise = Philox(4)
+    if kind is GottaGoFast:
+        x, path = torch.zeros(n, 1, dtype=F64), BrownianPath(noise, 0.0, 1.0)
+        found = solver.solve(lambda x, t, rows: 0 * x, x, 1.0, 0.0, torch.ones_like, noise)
+        ends = found.x, path.increment(x, 1.0, 0.0)
+    else:
+        sde = ss.EDM()
+        flow, path = GaussianFlow(sde, 1e-3, lambda x, *_: 0 * x), snr_path(sde, 4)
+        x = start(sde, n, 1, variance=0.0)
+        found = solver.solve(lambda *_: x, x, sde.T, sde.t_min, noise=noise, flow=flow)
+        exact = (path.t0 * x + path.increment(x, path.t0, path.t1)) / path.t1
+        ends = found.x / sde.t_min, exact / sde.t_min
+    assert (found.status == Status.OK).all()
+    assert found.rejected.sum() > 0.2 * found.accepted.sum()
+    return ends
+
+
+@pytest.mark.parametrize("kind", SOLVERS)
+def test_only_a_path_that_is_read_again_keeps_the_variance_of_the_noise(
+    kind: type[Adaptive],
+) -> None:
+    ours, exact = pure_noise(kind, Wary)
+    torch.testing.assert_close(ours, exact, rtol=0, atol=1e-9)
+    forgetful, _ = pure_noise(kind, Forgetful)
+    error = math.sqrt(2 / len(ours))
+    assert abs(float(ours.square().mean()) - 1) < 4 * error
+    assert float(forgetful.square().mean()) - 1 < -8 * error
+
+
+# Convergence
+
+
+def run(
+    kind: type[Adaptive], tolerance: float, sde: GaussianSDE, v: float, x: Tensor
+) -> ss.Samples:
+    found = ss.sample(gaussian_model(sde, v), sde, x=x, solver=kind(tolerance, tolerance), seed=8)
+    assert found.ok.all()
+    return found
+
+
+CASES = [
+    (AdaptiveSDE, ss.VP(), 0.05),
+    (AdaptiveSDE, ss.VP(), 9.0),
+    (AdaptiveSDE, ss.EDM(), 1.0),
+    (GottaGoFast, ss.EDM(), 1.0),
+]
+
+
+@pytest.mark.parametrize(("kind", "sde", "v"), CASES)
+def test_samples_of_one_seed_approach_the_exact_solution_with_order_one(
+    kind: type[Adaptive], sde: Any, v: float
+) -> None:
+    x = start(sde, 24, 2, variance=v)
+    exact = (exact_from_snr if kind is AdaptiveSDE else exact_from_time)(sde, v, x, 8)
+    unit, found = spread(sde, v, sde.t_min), []
+    for tolerance in (0.01, 0.003, 0.001):
+        got = run(kind, tolerance, sde, v, x)
+        error = float((got.x - exact).square().mean().sqrt()) / unit
+        found.append((float(got.accepted.double().mean()), error))
+    (few, coarse), _, (many, fine) = found
+    assert math.log(coarse / fine) / math.log(many / few) > 0.8
