@@ -5,7 +5,7 @@ A spacing is a monotone variable q(t); its grid is uniform in q between t_start 
     uniform  t                    log_snr     log(alpha/sigma)        karras   k^(1/rho)
     quadratic  sqrt(t)            cosine      angle = atan(k)         flow     k/(1 + k)
     shift  flow time, unshifted   sqrt_angle  sqrt(angle)             with k = sigma/alpha
-    scaled  sqrt(atan(k/level)), the first steps shorter, for the default solver
+    scaled  sqrt(atan(k/level)), the first step half as long, for the default solver
 
 The end rule is part of the grid: stop at t_end, or add one call that jumps to sigma = 0.
 """
@@ -157,11 +157,8 @@ def _warp(name: str, u: Tensor, rho: float, a: float, b: float) -> Tensor:
     """Where on [0, 1] the nodes of a spacing lie; evenly unless the grid is defined otherwise."""
     if name == "polyexponential":
         return 1 - (1 - u) ** rho
-    if name == "scaled":  # the first steps are shorter, for the start of a multistep method
-        steps = len(u) - 1
-        ramp = min(4.0, max(1.0, steps / 5))
-        sizes = 0.5 ** (1 - torch.arange(steps, dtype=u.dtype) / ramp).clamp(min=0)
-        return torch.cat([u[:1], sizes.cumsum(0) / sizes.sum()])
+    if name == "scaled":  # the first step is half of the others, as it has no past
+        return (u - u[1] / 2).clamp(min=0) / (1 - u[1] / 2)
     if name == "beta":
         return torch.from_numpy(1 - betaincinv(a, b, (1 - u).numpy()))
     return u
@@ -262,7 +259,7 @@ def make_grid(
         )
     u = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     u = _warp(name, u, 1.0 if rho is None else rho, a, b)
-    if name == "scaled" and start < end:  # its short steps are those at the noise
+    if name == "scaled" and start < end:  # its short step is the one at the noise
         u = 1 - u.flip(0)
     inner = spacing.inverse(q[0] + u * (q[1] - q[0]))[1:-1].tolist()
     return Grid((start, *inner, end), bool(denoise), name)

@@ -84,11 +84,10 @@ def test_every_spacing_has_its_formula_in_this_file() -> None:
 
 @pytest.mark.parametrize("steps", [1, 3, 8, 40])
 @pytest.mark.parametrize("scale", [0.3, 1.0, 5.0])
-def test_the_scaled_grid_is_the_root_of_an_angle_with_short_first_steps(
+def test_the_scaled_grid_is_the_root_of_an_angle_with_half_a_first_step(
     steps: int, scale: float
 ) -> None:
-    sde, ramp = EDM(), min(4.0, max(1.0, steps / 5))
-    sizes = [0.5 ** max(0.0, 1 - i / ramp) for i in range(steps)]
+    sde, sizes = EDM(), [0.5] + [1.0] * (steps - 1)
     roots = [math.atan(k / (0.9 * scale)) ** 0.5 for k in (sde.T, sde.t_min)]
     place = [sum(sizes[:i]) / sum(sizes) for i in range(steps + 1)]
     angles = [(roots[0] + u * (roots[1] - roots[0])) ** 2 for u in place]

@@ -44,7 +44,7 @@ class ScaledAdams(Adams):
             estimate. If omitted it is that of the model (`Model.data_scale`); `sample` measures it
             if the model has none, see `scoresolve.tuning.scale_within`; 1 if all that fails.
         start: of a method of given order, "matched" or "graded" as in `Adams`. Without an order it
-            is graded, and the grid makes its first steps short instead.
+            is graded, and the grid makes its first step short instead.
 
     Raises:
         ArgumentError: another order or start, or a scale that is no positive number.
