@@ -23,7 +23,8 @@ BENCHMARKS: dict[str, Callable[[], list[dict[str, object]]]] = {
     "conditioning": conditioning.measure,
     "likelihood": likelihood.measure,
     "nfe": nfe.measure,
-    "nfe_full": partial(nfe.measure, full=True),
+    "nfe_wide": partial(nfe.measure, "wide"),
+    "nfe_full": partial(nfe.measure, "full"),
     "overhead": overhead.measure,
     "tracing": tracing.measure,
 }

@@ -39,6 +39,7 @@ __all__ = [
     "BUDGETS",
     "CASES",
     "GRIDS",
+    "SETTINGS",
     "Score",
     "compare",
     "measure",
@@ -231,11 +232,11 @@ def steps_within(sampler: Sampler, budget: int) -> int | None:
     return steps or None
 
 
-def _starts(case: Case, count: int) -> Tensor:
+def _starts(case: Case, count: int, seed: int = 1) -> Tensor:
     """Draws from the prior, [count, *event]; float64."""
     model, sde = case
     event = model.components.event if isinstance(model, MixtureModel) else (1, 8, 8)
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     return sde.prior_std * torch.randn(count, *event, dtype=torch.float64, generator=generator)
 
 
@@ -335,57 +336,89 @@ def compare(
     return scores
 
 
-def measure(full: bool = False, solver: str = "auto") -> list[dict[str, object]]:
+@dataclass(frozen=True)
+class Setting:
+    """What a run of the benchmark compares."""
+
+    cases: tuple[str, ...]
+    budgets: tuple[int, ...]
+    starts: int
+    peers: tuple[str, ...] | None = None
+    grids: tuple[str, ...] = tuple(GRIDS)
+
+
+SETTINGS = {
+    "small": Setting(
+        SMALL, (5, 10, 20, 50), 64, DECISIVE, ("log_snr", "flow", "quadratic", "vp_quadratic")
+    ),
+    "wide": Setting(tuple(CASES), (5, 8, 10, 15, 20, 50), 128, DECISIVE),
+    "full": Setting(tuple(CASES), BUDGETS, 256),
+}
+"""Some four minutes, some forty, and hours with every peer."""
+
+
+def measure(setting: str = "small", solver: str = "auto") -> list[dict[str, object]]:
     """The best peer of each case and budget, what is commonly used, and one solver of ours.
 
     Args:
-        full: all cases, peers, grids and budgets with 256 starts (hours), instead of the cases,
-            peers and grids that decide most of it with 64 (two minutes).
-        solver: ours, on its own grid throughout.
+        setting: one of `SETTINGS`.
+        solver: ours, on its own grid throughout, and on one fitted to other starts.
 
     Returns:
         A row for each case and budget: the best peer by rms, DPM-Solver++ 2M on the Karras grid,
-        ours, and the ratio of ours to the best peer's rms and to the least median of any peer.
+        ours, and the ratios of ours to the best peer's rms and to the least median of any peer.
         The last rows, one a budget, hold geometric means of the ratios.
     """
     torch.set_num_threads(1)
-    peers, grids = samplers_of_peers(), dict(GRIDS)
-    if not full:
-        peers = {name: peers[name] for name in DECISIVE if name in peers}
-        grids = {name: grids[name] for name in ("log_snr", "flow", "quadratic", "vp_quadratic")}
+    chosen, peers = SETTINGS[setting], samplers_of_peers()
+    if chosen.peers is not None:
+        peers = {name: peers[name] for name in chosen.peers if name in peers}
     if not peers:
         raise ImportError("no peer is installed: pip install 'scoresolve[bench]'")
-    budgets = BUDGETS if full else (5, 10, 20, 50)
+    grids, count = {name: GRIDS[name] for name in chosen.grids}, chosen.starts
     rows: list[dict[str, object]] = []
-    for name in CASES if full else SMALL:
-        case, count = CASES[name](), 256 if full else 64
-        theirs = compare(case, peers, grids, budgets, count)
-        for budget in budgets:
-            usual = _one(case, "dpmpp_2m", "karras", budget, count)
-            mine = _one(case, solver, None, budget, count)
-            rows.append(_row(name, [s for s in theirs if s.budget == budget], usual, mine))
-    for budget in budgets:
+    for name in chosen.cases:
+        case = CASES[name]()
+        theirs = compare(case, peers, grids, chosen.budgets, count)
+        for budget in chosen.budgets:
+            usual = _one(case, budget, count, solver="dpmpp_2m", grid="karras", nfe=budget)
+            mine = _one(case, budget, count, solver=solver, nfe=budget)
+            fit = ss.fit_grid(*case, x=_starts(case, 96, seed=2), solver=solver, nfe=budget)
+            fitted = _one(case, budget, count, solver=fit.solver, grid=fit.grid)
+            found = [score for score in theirs if score.budget == budget]
+            rows.append(_row(name, found, usual, mine, fitted))
+    for budget in chosen.budgets:
         means: dict[str, object] = {"case": "geometric mean", "nfe": budget}
-        for ratio in ("rms_ratio", "median_ratio"):
+        for ratio in RATIOS:
             logs = [math.log(float(str(row[ratio]))) for row in rows if row["nfe"] == budget]
             means[ratio] = _short(math.exp(sum(logs) / len(logs)))
         rows.append({**dict.fromkeys(rows[0], ""), **means})
     return rows
 
 
-def _one(case: Case, solver: str, grid: str | None, budget: int, starts: int) -> Score:
-    """The score of one of our solvers as a user calls it, on a grid or on the one that suits it."""
+def _one(case: Case, budget: int, starts: int, **how: Any) -> Score:
+    """The score of one of our solvers as a user calls it."""
 
     def run(model: Model, sde: GaussianSDE, times: Sequence[float], x: Tensor) -> Tensor:
-        return ss.sample(model, sde, x=x, solver=solver, grid=grid, nfe=budget).x
+        return ss.sample(model, sde, x=x, **how).x
 
     x = _starts(case, starts)
-    label = (solver, grid or "its own grid")
-    return _score(label, run, budget, case, (), x, _reference(*case, x))
+    return _score(("", ""), run, budget, case, (), x, _reference(*case, x))
 
 
-def _row(name: str, theirs: list[Score], usual: Score, mine: Score) -> dict[str, object]:
+RATIOS = ("rms_ratio", "median_ratio", "fitted_rms_ratio", "fitted_median_ratio")
+
+
+def _row(
+    name: str, theirs: list[Score], usual: Score, mine: Score, fitted: Score
+) -> dict[str, object]:
     best, least = min(theirs, key=_rms), min(theirs, key=_median)
+    ratios = (
+        mine.rms / best.rms,
+        mine.median / least.median,
+        fitted.rms / best.rms,
+        fitted.median / least.median,
+    )
     return {
         "case": name,
         "nfe": mine.budget,
@@ -393,11 +426,11 @@ def _row(name: str, theirs: list[Score], usual: Score, mine: Score) -> dict[str,
         "peer_rms": _short(best.rms),
         "peer_median": _short(least.median),
         "usual_rms": _short(usual.rms),
-        "ours": f"{mine.sampler} on {mine.grid}",
         "our_rms": _short(mine.rms),
         "our_median": _short(mine.median),
-        "rms_ratio": _short(mine.rms / best.rms),
-        "median_ratio": _short(mine.median / least.median),
+        "fitted_rms": _short(fitted.rms),
+        "fitted_median": _short(fitted.median),
+        **{name: _short(ratio) for name, ratio in zip(RATIOS, ratios, strict=True)},
     }
 
 

@@ -12,6 +12,7 @@ from scoresolve.bounds import (
 from scoresolve.certificates import Certificate, certify
 from scoresolve.driving import Samples
 from scoresolve.errors import ScoresolveError, SolveError, Status
+from scoresolve.fitting import GridFit, fit_grid
 from scoresolve.gradients import differentiable_log_likelihood, differentiable_sample
 from scoresolve.grid import GRIDS, Grid, make_grid
 from scoresolve.latents import noised, slerp
@@ -71,6 +72,7 @@ __all__ = [
     "GaussianMixture",
     "GaussianSDE",
     "Grid",
+    "GridFit",
     "Langevin",
     "Law",
     "Likelihood",
@@ -96,6 +98,7 @@ __all__ = [
     "differentiable_sample",
     "encode",
     "errors",
+    "fit_grid",
     "from_denoiser",
     "from_discrete",
     "from_energy",
