@@ -493,3 +493,38 @@ def test_the_published_3m_misses_a_parabola_in_lam_and_the_mended_one_does_not()
 
     assert missed(dpmpp_3m(published=False)) < 1e-12 and missed(eab(3)) < 1e-12
     assert missed(dpmpp_3m(published=True)) > 1e-2
+
+
+def edm_heun(denoiser: Callable[[Tensor, float], Tensor], x: Tensor, levels: Times) -> Tensor:
+    """Karras et al. 2022 (2206.00364), algorithm 1: no correction where the step ends at 0."""
+    for high, low in itertools.pairwise(levels):
+        d = (x - denoiser(x, high)) / high
+        euler = x + (low - high) * d
+        if low == 0:
+            return euler
+        x = x + (low - high) * (d / 2 + (euler - denoiser(euler, low)) / (2 * low))
+    return x
+
+
+@pytest.mark.parametrize("name", ["heun", "edm_heun", "heun_v", "heun_flow"])
+@pytest.mark.parametrize("process", PROBLEMS)
+def test_heun_to_sigma_zero_is_algorithm_1_of_edm(name: str, process: str) -> None:
+    """In sigma' = sigma/alpha and x/alpha; in v and flow form the last step alone."""
+    p, calls = PROBLEMS[process], list[float]()
+
+    def net(x: Tensor, t: Tensor) -> Tensor:
+        calls.append(float(t[0]))
+        return p.x0(x, float(t[0]))
+
+    times = (*grid(p, 9), 0.0) if "heun_" not in name else (p.ends[1], 0.0)
+    x = p.sigma(times[0]) * STARTS
+    network = ss.from_denoiser(net) if process == "EDM" else ss.from_x0(net, p.sde)
+    out = ss.plan(name, p.sde, times).run(network, x)
+    assert len(calls) == 2 * (len(times) - 1) - 1 and min(calls) > 0
+
+    def denoiser(y: Tensor, level: float) -> Tensor:
+        t = p.time(-math.log(level))
+        return p.x0(p.alpha(t) * y, t)
+
+    levels = [*(p.rho(t) for t in times[:-1]), 0.0]
+    same(out, edm_heun(denoiser, x / p.alpha(times[0]), levels))

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from scoresolve.errors import ArgumentError, GridError, UnknownNameError
 from scoresolve.grid import GRIDS, make_grid
-from scoresolve.models import as_model
+from scoresolve.models import as_model, from_x0
 from scoresolve.noise import NoiseSource, Philox, Purpose, Times
 from scoresolve.plans import Combine, Linear, Plan, Run, trace
 from scoresolve.sampling import plan as plan_for
@@ -537,6 +537,22 @@ def test_a_step_to_zero_noise_ends_at_the_predicted_x0(name: str) -> None:
     covariance = alpha_bar * VARIANCES**2 / (alpha_bar * VARIANCES + 1 - alpha_bar)
     close(law.mean, MEAN)
     close(law.covariance, torch.diag(covariance))
+
+
+@every_solver
+@pytest.mark.parametrize("sde", [EDM(), VP(), RectifiedFlow()], ids=str)
+def test_a_network_of_x0_is_never_asked_at_zero_noise(name: str, sde: GaussianSDE) -> None:
+    seen: list[float] = []
+
+    def net(x: Tensor, t: Tensor) -> Tensor:
+        seen.extend(t.tolist())
+        return x / 2
+
+    times = (*make_grid("uniform", sde, 6, 0.7, 0.1).times, 0.0)
+    end = trace(fixed(name), sde, times).run(
+        from_x0(net, sde), normal(generator(0), 1, 3), Philox(0)
+    )
+    assert min(seen) > 0 and bool(end.isfinite().all())
 
 
 @pytest.mark.parametrize("name", ["heun", "rk4", "ab4"])

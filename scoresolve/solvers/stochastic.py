@@ -134,7 +134,8 @@ class StochasticHeun(Solver):
         Kloeden and Platen 1992, section 15.1 (simplified for additive noise).
     """
 
-    predicts, order, jumps_at_noise, grid = "score", 2, True, "karras"
+    predicts, order, grid = "score", 2, "karras"
+    jumps_at_noise, jumps_at_data = True, True
     source = "Kloeden and Platen 1992, section 15.1"
 
     def __init__(self, eta: float = 1.0) -> None:
