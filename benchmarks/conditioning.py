@@ -88,7 +88,7 @@ def runs(task: Task, sde: ss.GaussianSDE) -> list[tuple[str, Model, str, ss.Grid
         mask = chosen.any(0).reshape(task.mixture.event_shape)
         y = torch.zeros(mask.shape, dtype=torch.float64).masked_scatter(mask, task.y)
         filled = guidance.inpaint(prior, sde, mask, y)
-        result += [("inpaint", filled, solver, short) for solver in ("ab2_v", "ddpm")]
+        result += [("inpaint", filled, solver, short) for solver in ("ab2_v", "ddpm", "repaint")]
     return result
 
 

@@ -16,6 +16,7 @@ from scoresolve.guidance import Measurement
 from scoresolve.guidance.linear import conjugate_gradients
 from scoresolve.models import PREDICTIONS, from_x0
 from scoresolve.sde import VP, GaussianSDE, RectifiedFlow
+from scoresolve.solvers import DDPM, Resampling
 
 D, M = 5, 3
 
@@ -275,6 +276,34 @@ def test_replacement_ends_on_the_observation_and_is_exact_for_independent_parts(
     exact = dense.condition(torch.tensor([[1.0, 0.0]]), y[:1], 0.0).score_model(sde)
     gap = half.predict("x0", x[:, :2], t) - exact.predict("x0", x[:, :2], t)
     assert float(gap.abs().max()) > 0.1
+
+
+def test_each_pass_of_repaint_brings_replacement_closer_to_the_exact_conditional_law():
+    """Of two correlated modes one coordinate is known; one pass is "ddpm", ten are "repaint".
+
+    Measured in Wasserstein-2 over the standard deviation: .60, .36 and .17, where 4000 samples of
+    the law itself are .03 from each other.
+    """
+    sde, mask = VP(), torch.tensor([True, False])
+    mix = ss.GaussianMixture(
+        [0.5, 0.5],
+        torch.tensor([[-1.0, -1.0], [1.0, 1.0]]),
+        torch.tensor([[[1.0, 0.6], [0.6, 0.5]], [[0.5, -0.3], [-0.3, 0.5]]]),
+    )
+    y = torch.tensor([0.3, 0.0], dtype=torch.float64)
+    truth = mix.condition(torch.tensor([[1.0, 0.0]]), y[:1], 0.0)
+    exact = truth.sample(4000, seed=3)[:, 1].sort().values
+    model, distances = guidance.inpaint(mix.score_model(sde), sde, mask, y), []
+    for solver in ("ddpm", Resampling(DDPM(), 3), "repaint"):
+        grid = ss.make_grid("flow", sde, 20)
+        x = ss.sample(
+            model, sde, shape=(4000, 2), grid=grid, solver=solver, seed=1, dtype=torch.float64
+        ).x
+        assert float((x[:, 0] - y[0]).std()) < 0.02  # sigma at the end of the grid is .01
+        gap = (x[:, 1].sort().values - exact).square().mean()
+        distances.append(float((gap / truth.covariance[1, 1]).sqrt()))
+    first, few, many = distances
+    assert first > 0.5 and few < 0.75 * first and many < 0.75 * few and many < 0.2, distances
 
 
 @given(seed=seeds(), rows=st.integers(1, 4))

@@ -208,7 +208,8 @@ def inpaint(
 
     so that the known part of x_t becomes alpha y + sigma eps for the noise it started with. The
     unknown part hears of y through x_t alone, so it is not a sample of the posterior; where
-    known and unknown are independent it is.
+    known and unknown are independent it is. The solver "repaint" lets it hear several times a
+    step, which brings it nearer.
 
     Args:
         score: the model of the data alone.
@@ -225,7 +226,8 @@ def inpaint(
         ShapeError: at a call, a shape does not fit the state.
 
     Source:
-        Song et al. 2021 (2011.13456), appendix I.2, written on the prediction.
+        Song et al. 2021 (2011.13456), appendix I.2, written on the prediction; Lugmayr et al.
+        2022 (2201.09865), algorithm 1, for "repaint".
     """
     return _Inpainted(score, sde, mask, observation)
 

@@ -121,7 +121,8 @@ class Restart(Solver):
 class Resampling(Solver):
     """RePaint's resampling: each step is taken several times, with noise back up in between.
 
-    The last step is taken once.
+    The last step is taken once. It is meant for models of `guidance.inpaint`: each pass tells the
+    unknown part more of the known one.
 
     Args:
         solver: a fixed-grid solver of one step; one of several would remember undone ones.
