@@ -29,6 +29,7 @@ from scoresolve.solvers import (
     IPNDM,
     PNDM,
     REGISTRY,
+    SEEDS,
     AdamsBashforth,
     Churn,
     DPMSolverPP,
@@ -140,7 +141,7 @@ STOCHASTIC: dict[str, Row] = {
     ),
     "ddim(eta=0.5)": (partial(DDIM, 0.5), ("diffusers ddim(eta=0.5)",)),
     "ddim(eta=sqrt(0.5))": (partial(DDIM, 0.5**0.5), ("azula ddim(eta=0.5)",)),
-    "seeds_1": (named("seeds_1"), ("azula ito",)),
+    "seeds_1_eps": (partial(SEEDS, 1, "eps"), ("azula ito",)),
     "dpm_2_ancestral": (
         named("dpm_2_ancestral"),
         ("k-diffusion dpm_2_ancestral",),

@@ -33,7 +33,7 @@ from torch import Tensor
 
 import scoresolve as ss
 from scoresolve.models import from_eps, from_x0
-from scoresolve.solvers import GDDIM, Churn, Restart, SASolver, Solver
+from scoresolve.solvers import GDDIM, SEEDS, Churn, Restart, SASolver, Solver
 
 Times = Sequence[float]
 Draws = Iterator[Tensor]
@@ -223,8 +223,8 @@ def dpmpp_3m_sde(p: Problem, x: Tensor, times: Times, z: Draws) -> Tensor:
     return x
 
 
-def seeds_1(p: Problem, x: Tensor, t: float, s: float, z: Draws) -> Tensor:
-    """Gonzalez et al. 2023 (2305.14267), SEEDS-1."""
+def seeds_1_eps(p: Problem, x: Tensor, t: float, s: float, z: Draws) -> Tensor:
+    """Gonzalez et al. 2023 (2305.14267), SEEDS-1 on eps."""
     h = p.lam(s) - p.lam(t)
     return (
         p.alpha(s) / p.alpha(t) * x
@@ -233,8 +233,8 @@ def seeds_1(p: Problem, x: Tensor, t: float, s: float, z: Draws) -> Tensor:
     )
 
 
-def seeds_2(p: Problem, x: Tensor, t: float, s: float, z: Draws) -> Tensor:
-    """Gonzalez et al. 2023 (2305.14267), SEEDS-2."""
+def seeds_2_eps(p: Problem, x: Tensor, t: float, s: float, z: Draws) -> Tensor:
+    """Gonzalez et al. 2023 (2305.14267), SEEDS-2 on eps."""
     h = p.lam(s) - p.lam(t)
     r = p.time(p.lam(t) + h / 2)
     z1, z2 = next(z), next(z)
@@ -251,8 +251,8 @@ def seeds_2(p: Problem, x: Tensor, t: float, s: float, z: Draws) -> Tensor:
     )
 
 
-def seeds_3(p: Problem, x: Tensor, t: float, s: float, z: Draws) -> Tensor:
-    """Gonzalez et al. 2023 (2305.14267), SEEDS-3 (r1 = 1/3, r2 = 2/3)."""
+def seeds_3_eps(p: Problem, x: Tensor, t: float, s: float, z: Draws) -> Tensor:
+    """Gonzalez et al. 2023 (2305.14267), SEEDS-3 on eps (r1 = 1/3, r2 = 2/3)."""
     h, r1, r2 = p.lam(s) - p.lam(t), 1 / 3, 2 / 3
     t1, t2 = p.time(p.lam(t) + r1 * h), p.time(p.lam(t) + r2 * h)
     z1, z2, z3 = next(z), next(z), next(z)
@@ -279,6 +279,33 @@ def seeds_3(p: Problem, x: Tensor, t: float, s: float, z: Draws) -> Tensor:
         + p.sigma(s) * math.sqrt(math.exp(2 * r2 * h) - math.exp(2 * r1 * h)) * z2
         + p.sigma(s) * math.sqrt(math.expm1(2 * r1 * h)) * z3
     )
+
+
+def seeds_3(p: Problem, x: Tensor, t: float, s: float, z: Draws) -> Tensor:
+    """SEEDS-3 on x0, as in ComfyUI with eta = 1 (r1 = 1/3, r2 = 2/3); its SEEDS-2 is `dpmpp_sde`.
+
+    The noise of a node, in units of sigma there, is that of the last node carried on, and fresh.
+    """
+    h, r1, r2 = p.lam(s) - p.lam(t), 1 / 3, 2 / 3
+    t1, t2 = p.time(p.lam(t) + r1 * h), p.time(p.lam(t) + r2 * h)
+
+    def after(r: float, end: float, m: Tensor, noise: Tensor) -> Tensor:
+        kept = p.sigma(end) / p.sigma(t) * math.exp(-r * h) * x
+        return kept - p.alpha(end) * math.expm1(-2 * r * h) * m + p.sigma(end) * noise
+
+    def carried(noise: Tensor) -> Tensor:
+        return math.exp(-h / 3) * noise + math.sqrt(-math.expm1(-2 * h / 3)) * next(z)
+
+    def line(r: float) -> float:
+        return (math.expm1(-2 * r * h) + 2 * r * h) / (2 * r * h)
+
+    n1 = carried(torch.zeros_like(x))
+    n2 = carried(n1)
+    n3 = carried(n2)
+    m0 = p.x0(x, t)
+    d1 = p.x0(after(r1, t1, m0, n1), t1) - m0
+    d2 = p.x0(after(r2, t2, m0, n2) + p.alpha(t2) * r2 / r1 * line(r2) * d1, t2) - m0
+    return after(1.0, s, m0, n3) + p.alpha(s) / r2 * line(1.0) * d2
 
 
 # --- SA-Solver -----------------------------------------------------------------------------------
@@ -487,9 +514,13 @@ CASES: dict[str, tuple[str | Solver, Reference, float | None]] = {
     "dpmpp_2m_sde": ("dpmpp_2m_sde", dpmpp_2m_sde("midpoint"), 2),
     "dpmpp_2m_sde_heun": ("dpmpp_2m_sde_heun", dpmpp_2m_sde("heun"), 2),
     "dpmpp_3m_sde": ("dpmpp_3m_sde", dpmpp_3m_sde, 2),
-    "seeds_1": ("seeds_1", one_step(seeds_1), 1),
-    "seeds_2": ("seeds_2", one_step(seeds_2), 2),
+    "seeds_1": (SEEDS(1), one_step(ddpm), 1),
+    "seeds_2": (SEEDS(2), one_step(dpmpp_sde), 2),
+    "seeds_2 by name": ("seeds_2", one_step(dpmpp_sde), 2),
     "seeds_3": ("seeds_3", one_step(seeds_3), 2),
+    "seeds_1_eps": (SEEDS(1, "eps"), one_step(seeds_1_eps), 1),
+    "seeds_2_eps": (SEEDS(2, "eps"), one_step(seeds_2_eps), 2),
+    "seeds_3_eps": (SEEDS(3, "eps"), one_step(seeds_3_eps), 2),
     **{f"sa_solver_{k}": (f"sa_solver_{k}", sa_solver(k, k + 1), min(k, 2)) for k in (1, 2, 3)},
     "sa_solver_even": (SASolver(3, corrector=3), sa_solver(3, 3), 2),
     "sa_solver_less": (SASolver(3, tau=0.4), sa_solver(3, 4, 0.4), 2),
@@ -574,12 +605,14 @@ def test_the_noises_of_one_step_are_those_of_one_path() -> None:
     """
     p = replace(PROBLEMS["EDM"], data=GAUSSIAN)
     t, s = 2.0, 0.5
-    nodes = {
-        "dpmpp_sde": (t * math.sqrt(s / t),),
-        "seeds_2": (t * math.sqrt(s / t),),
-        "seeds_3": (t * (s / t) ** (1 / 3), t * (s / t) ** (2 / 3)),
-    }
-    for name, inner in nodes.items():
+    two, three = (t * math.sqrt(s / t),), (t * (s / t) ** (1 / 3), t * (s / t) ** (2 / 3))
+    nodes: list[tuple[str | Solver, str, tuple[float, ...]]] = [
+        ("dpmpp_sde", "x0", two),
+        ("seeds_3", "x0", three),
+        (SEEDS(2, "eps"), "eps", two),
+        (SEEDS(3, "eps"), "eps", three),
+    ]
+    for solver, prediction, inner in nodes:
         seen: list[Tensor] = []
 
         def blind(x: Tensor, at: Tensor, seen: list[Tensor] = seen) -> Tensor:
@@ -588,8 +621,8 @@ def test_the_noises_of_one_step_are_those_of_one_path() -> None:
 
         draws = len(inner) + 1
         unit = torch.eye(draws, dtype=torch.float64)[..., None]
-        predict = from_x0 if name == "dpmpp_sde" else from_eps
-        plan = ss.plan(name, p.sde, (t, s))
+        predict = from_x0 if prediction == "x0" else from_eps
+        plan = ss.plan(solver, p.sde, (t, s))
         end = plan.run(
             predict(blind, p.sde), torch.zeros(draws, 1, dtype=torch.float64), Table(unit)
         )
@@ -597,7 +630,7 @@ def test_the_noises_of_one_step_are_those_of_one_path() -> None:
         levels = [*inner, s]
         for (i, a), (j, b) in itertools.product(enumerate(levels), repeat=2):
             high = max(a, b)
-            if name == "dpmpp_sde":
+            if prediction == "x0":
                 expected = a**2 * b**2 * (high**-2 - t**-2)
             else:
                 expected = t**2 - high**2

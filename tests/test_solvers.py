@@ -38,6 +38,7 @@ from scoresolve.solvers import (
     DDPM,
     FORMS,
     REGISTRY,
+    SEEDS,
     AdamsBashforth,
     AnnealedCorrector,
     EulerMaruyama,
@@ -47,8 +48,10 @@ from scoresolve.solvers import (
     PredictorCorrector,
     ReverseDiffusion,
     RungeKutta,
+    SASolver,
     Solver,
     StochasticHeun,
+    UniPC,
     get_solver,
     nfe_rule,
 )
@@ -373,6 +376,10 @@ def wave(x: Tensor, t: Tensor) -> Tensor:
         (StochasticHeun(0.0), fixed("heun_flow")),
         (AdamsBashforth(3, "v"), fixed("ab3_v")),
         (RungeKutta("heun"), fixed("heun")),
+        (SEEDS(1), fixed("seeds_1")),
+        (SEEDS(2), fixed("seeds_2")),
+        (SEEDS(3), fixed("seeds_3")),
+        (UniPC(variant="bh1"), fixed("uni_pc_bh1")),
     ],
     ids=lambda solvers: solvers[-1].name,
 )
@@ -743,6 +750,8 @@ def test_what_is_no_solver_is_refused() -> None:
         (lambda: LangevinCorrector(0.1, moves=0), ArgumentError),
         (lambda: LangevinCorrector(0.1, moves=1.5), ArgumentError),  # type: ignore[arg-type]
         (lambda: AnnealedCorrector(-1.0), ArgumentError),
+        (lambda: SEEDS(4), ArgumentError),
+        (lambda: SEEDS(2, "v"), UnknownNameError),
         (lambda: AnnealedCorrector(math.inf), ArgumentError),
     ],
 )
@@ -751,6 +760,11 @@ def test_settings_out_of_range_are_refused(
 ) -> None:
     with pytest.raises(error):
         build()
+
+
+def test_a_noise_function_out_of_range_is_called_by_its_name() -> None:
+    with pytest.raises(ArgumentError, match=r"^tau = -1"):
+        trace(SASolver(tau=lambda k: -1.0), VP(), TIMES)
 
 
 def test_every_form_and_method_has_its_row() -> None:

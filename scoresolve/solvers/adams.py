@@ -18,7 +18,7 @@ import numpy as np
 from scoresolve.errors import ArgumentError, UnknownNameError, whole_number
 from scoresolve.plans import Linear, Run
 from scoresolve.solvers.base import Solver
-from scoresolve.solvers.forms import Form, get_form
+from scoresolve.solvers.forms import Form, exponential_form, get_form
 from scoresolve.solvers.runge_kutta import EULER, HEUN, KUTTA3, RK4, Tableau, advance
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
     "AdamsBashforth",
     "ExponentialAdams",
     "adams_weights",
-    "exponential_form",
     "midpoint_weights",
     "slope_weights",
 ]
@@ -294,17 +293,6 @@ class DEIS(Adams):
         super().__init__(order, get_form("eps"), variable, start=start)
         short = {"time": "t", "sigma": "rho", "log_snr": "lam"}[variable]
         self.name = f"deis_{short}ab{order}"
-
-
-def exponential_form(name: str) -> Form:
-    """The form of an exponential integrator: "x0" or "eps".
-
-    Raises:
-        UnknownNameError: another name.
-    """
-    if name not in ("x0", "eps"):
-        raise UnknownNameError("form", name, ("x0", "eps"))
-    return get_form(name)
 
 
 class ExponentialAdams(Adams):

@@ -16,7 +16,7 @@ from scoresolve.errors import GridError, real_number, whole_number
 from scoresolve.plans import Linear, Run
 from scoresolve.solvers.adams import slope_weights
 from scoresolve.solvers.base import Solver
-from scoresolve.solvers.forms import Form, data_form, noise_form
+from scoresolve.solvers.forms import Form, data_form, exponential_form, noise_form
 
 __all__ = [
     "RES2S",
@@ -184,13 +184,18 @@ class SDEDPMSolverPPS(ExponentialRungeKutta):
 
 
 class SEEDS(ExponentialRungeKutta):
-    """SEEDS-1, 2 and 3: exponential Runge-Kutta for the reverse SDE, on eps.
+    """SEEDS-1, 2 and 3: exponential Runge-Kutta for the reverse SDE.
+
+    On x0, with nodes at h/2, or h/3 and 2h/3, these are ComfyUI's `seeds_2` and `seeds_3`; one
+    stage is DDPM, two are DPM-Solver++ 2S on the SDE. On eps, the form of the paper's algorithms,
+    a step adds noise of the level it leaves, so that a coarse grid multiplies the variance.
 
     Args:
         stages: 1, 2 or 3.
+        form: "x0" or "eps".
 
     Raises:
-        ArgumentError: another number of stages.
+        ArgumentError: another number of stages, or another form.
 
     Source:
         Gonzalez et al. 2023 (2305.14267), algorithms 1 to 3.
@@ -199,9 +204,10 @@ class SEEDS(ExponentialRungeKutta):
     source = "Gonzalez et al. 2023 (2305.14267), algorithms 1 to 3"
     stochastic = True
 
-    def __init__(self, stages: int = 2) -> None:
-        super().__init__(_scheme(stages), noise_form(1.0))
-        self.order, self.name, self.grid = min(stages, 2), f"seeds_{stages}", "log_snr"
+    def __init__(self, stages: int = 2, form: str = "x0") -> None:
+        super().__init__(_scheme(stages), exponential_form(form, eta=1.0))
+        self.order, self.grid = min(stages, 2), "log_snr"
+        self.name = f"seeds_{stages}" + ("" if form == "x0" else f"_{form}")
 
 
 class RES2S(ExponentialRungeKutta):

@@ -35,6 +35,7 @@ __all__ = [
     "Form",
     "check_eta",
     "data_form",
+    "exponential_form",
     "get_form",
     "noise_form",
     "phi_form",
@@ -141,6 +142,18 @@ def data_form(eta: float = 0.0) -> Form:
             phi_form(lambda lam: 0.0, lambda lam: 0.0), std=_zero, singular_at_noise=False
         )
     return phi_form(lambda lam: -square * lam, lambda lam: -square)
+
+
+def exponential_form(name: str, eta: float = 0.0) -> Form:
+    """The form of an exponential integrator, "x0" or "eps", with noise level eta in [0, 5].
+
+    Raises:
+        UnknownNameError: another name.
+        ArgumentError: another eta.
+    """
+    if name not in ("x0", "eps"):
+        raise UnknownNameError("form", name, ("x0", "eps"))
+    return data_form(eta) if name == "x0" else noise_form(eta)
 
 
 def phi_form(excess: Callable[[float], float], excess_rate: Callable[[float], float]) -> Form:

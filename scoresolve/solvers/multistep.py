@@ -15,9 +15,9 @@ from collections.abc import Sequence
 
 from scoresolve.errors import ArgumentError, UnknownNameError, real_number, whole_number
 from scoresolve.plans import Linear, Run
-from scoresolve.solvers.adams import Adams, ExponentialAdams, exponential_form, midpoint_weights
+from scoresolve.solvers.adams import Adams, ExponentialAdams, midpoint_weights
 from scoresolve.solvers.base import Solver
-from scoresolve.solvers.forms import Form, get_form
+from scoresolve.solvers.forms import Form, exponential_form, get_form
 
 __all__ = ["IPNDM", "PNDM", "DPMSolverPP", "GradientEstimation", "UniPC"]
 

@@ -100,7 +100,7 @@ REGISTRY: dict[str, Callable[[], Solver | Integrator]] = {
     "dpmpp_2m_sde": SDEDPMSolverPP,
     "dpmpp_2m_sde_heun": partial(SDEDPMSolverPP, 2, "heun"),
     "dpmpp_3m_sde": partial(SDEDPMSolverPP, 3),
-    **{f"seeds_{stages}": partial(SEEDS, stages) for stages in (1, 2, 3)},
+    "seeds_3": partial(SEEDS, 3),
     "sa_solver": SASolver,
     **{f"sa_solver_{order}": partial(SASolver, order) for order in (1, 2, 4)},
     "er_sde": ERSDE,
@@ -152,6 +152,8 @@ ALIASES = {
     "eab3": "dpmpp_3m",
     "dpmpp_1s_sde": "ddpm",
     "euler_ancestral": "ddpm",
+    "seeds_1": "ddpm",
+    "seeds_2": "dpmpp_sde",
     "ancestral_vp": "ddpm_forward",
     "ancestral_ve": "ddpm",
     "edm_heun": "heun",
@@ -165,6 +167,7 @@ ALIASES = {
     "er_sde_3": "er_sde",
     "sa_solver_3": "sa_solver",
     "uni_pc_3": "uni_pc",
+    "uni_pc_bh1": "uni_pc",
 }
 """Other names of the same method, to the name of its row."""
 

@@ -105,7 +105,7 @@ class SASolver(Adams):
     def form_at(self, run: Run, t: float) -> Form:
         if self.tau is None:
             return self.form
-        return data_form(self.tau(math.exp(-run.log_snr_half(t))))
+        return data_form(check_eta(self.tau(math.exp(-run.log_snr_half(t))), "tau"))
 
 
 class ERSDE(Adams):
