@@ -106,8 +106,8 @@ class GaussianChain:
         steps: its transitions, a `GaussianStep` each.
 
     Raises:
-        ArgumentError: a step draws no noise or several times, uses its noise before its end,
-            depends on earlier steps, or is not linear; the message names it.
+        ArgumentError: a step adds no noise or draws several times, uses its noise before its
+            end, depends on earlier steps, or is not linear; the message names it.
 
     Source:
         Black et al. 2023 (2305.13301), section 4.3 (DDPO): the chain as a decision process.
@@ -196,12 +196,17 @@ def _transition(
     name = f"step {k} of {plan.solver!r}"
     if any(isinstance(stage, Custom) for stage in stages):
         raise ArgumentError(f"{name} holds a kernel that is not linear: its law is not Gaussian")
+    t, s = plan.times[k : k + 2]
     draws = [stage for stage in stages if isinstance(stage, Draw)]
-    if len(draws) != 1:
-        count = f"noise {len(draws)} times" if draws else "no noise"
+    if not any(uses[draw.out] for draw in draws):
         raise ArgumentError(
-            f"{name} draws {count}, and a transition density needs one draw a step: take a "
-            "solver such as 'ddpm' or 'euler_maruyama'"
+            f"{name} adds no noise from t = {t:g} to {s:g}, and a transition density needs some: "
+            "take a solver such as 'ddpm', or move that end of the grid inside if noise ends there"
+        )
+    if len(draws) > 1:
+        raise ArgumentError(
+            f"{name} draws noise {len(draws)} times, and a transition density needs one draw a "
+            "step: take a solver such as 'ddpm' or 'euler_maruyama'"
         )
     (draw,) = draws
     final = next((s for s in stages if isinstance(s, Combine) and s.out == end), None)
@@ -213,7 +218,6 @@ def _transition(
         )
     quiet = replace(final, terms=tuple(term for term in final.terms if term[0] != draw.out))
     kept = [quiet if stage is final else stage for stage in stages if stage is not draw]
-    t, s = plan.times[k : k + 2]
     return GaussianStep(t, s, abs(std), draw.index, _cut(plan, k, kept, start, end))
 
 

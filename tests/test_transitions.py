@@ -15,7 +15,7 @@ from torch.distributions import MultivariateNormal
 import scoresolve as ss
 from scoresolve.errors import ArgumentError, ShapeError
 from scoresolve.plans import Linear, Run
-from scoresolve.sde import VP, GaussianSDE
+from scoresolve.sde import VP, GaussianSDE, RectifiedFlow
 from scoresolve.solvers import Solver
 from scoresolve.solvers.stochastic import DDIM
 from scoresolve.transitions import GaussianChain
@@ -187,9 +187,9 @@ class LateNoise(Solver):
 @pytest.mark.parametrize(
     ("solver", "message"),
     [
-        ("heun", "step 0 of 'heun' draws no noise"),
-        ("dpmpp_2m", "draws no noise"),
-        (DDIM(eta=0.0), "draws no noise"),
+        ("heun", "step 0 of 'heun' adds no noise"),
+        ("dpmpp_2m", "adds no noise"),
+        (DDIM(eta=0.0), "adds no noise"),
         ("stochastic_heun", "uses its noise before its end"),
         ("pc", "not linear"),
         ("pc_annealed", "draws noise 2 times"),
@@ -202,6 +202,23 @@ def test_solvers_without_a_transition_density_are_refused_by_name(solver, messag
     plan = ss.plan(solver, sde, inner_grid(sde, 3))
     with pytest.raises(ArgumentError, match=message):
         GaussianChain(plan)
+
+
+@pytest.mark.parametrize(
+    ("solver", "times", "message"),
+    [
+        ("flow_sde", (1.0, 0.6, 0.3), "step 0 of 'flow_sde' adds no noise from t = 1 to 0.6,"),
+        ("ddpm", (0.6, 0.3, 0.0), "step 1 of 'ddpm' adds no noise from t = 0.3 to 0,"),
+    ],
+)
+def test_a_step_without_noise_at_an_end_of_the_grid_is_named_and_absent_inside(
+    solver, times, message
+):
+    sde = RectifiedFlow()
+    with pytest.raises(ArgumentError, match=message + ".*move that end of the grid inside"):
+        GaussianChain(ss.plan(solver, sde, times))
+    inside = [min(max(t, 0.01), 0.99) for t in times]
+    assert all(step.std > 0 for step in GaussianChain(ss.plan(solver, sde, inside)).steps)
 
 
 class Remembers(Solver):
