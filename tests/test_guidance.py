@@ -271,6 +271,26 @@ def test_cfg_plus_plus_starts_where_there_is_no_signal():
     assert bool(ss.sample(model, sde, x=x, grid=grid, solver="euler_flow").ok.all())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_models_made_for_a_grid_refuse_every_other(dtype):
+    sde = RectifiedFlow()
+    net, grid = Counted(sde), ss.make_grid("flow", sde, 20)
+    seen = guidance.Measurement(torch.eye(D)[:1], 0.1, torch.zeros(1, dtype=torch.float64))
+    x = states(sde).to(dtype)
+    for model, solver in (
+        (guidance.cfg_plus_plus(net.models[0], sde, grid, 0.6, net.models[2]), "euler_flow"),
+        (guidance.dps_steps(net.models[0], sde, seen, grid), "ddpm"),
+    ):
+        assert bool(ss.sample(model, sde, x=x, grid=grid, solver=solver).ok.all())
+        t = torch.tensor(grid.times[1:5])  # rounded to float32
+        assert bool(model.predict("x0", x, t).isfinite().all())
+        for other in ({"nfe": 50, "solver": solver}, {"grid": grid, "solver": "midpoint_flow"}):
+            with pytest.raises(GridError, match=r"not among the 21 times from 1 to 0.001 .*grid="):
+                ss.sample(model, sde, x=x, **other)
+        with pytest.raises(GridError, match=r"t = 0\.5 is not"):
+            model.predict("x0", x, torch.tensor([grid.times[0], 0.5, grid.times[1], grid.times[2]]))
+
+
 def test_autoguidance_extrapolates_past_the_weak_model_under_the_same_conditions():
     sde = VP()
     good, weak = Counted(sde, 0), Counted(sde, 5)

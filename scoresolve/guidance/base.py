@@ -114,10 +114,24 @@ class GridAhead:
         self.alphas = self.sde.alpha(torch.cat([torch.zeros_like(end), self.times]))
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha_s and h = lam(s) - lam(t), lam = log(alpha / sigma), for times t [] or [B]."""
-        below = torch.searchsorted(self.times.to(t.device), t.double() * (1 - _SAME_TIME))
-        ahead = self.log_snrs.to(t.device)[below] - self.sde.log_snr(t.double())
-        return self.alphas.to(t.device)[below], ahead / 2
+        """alpha_s and h = lam(s) - lam(t), lam = log(alpha / sigma), for times t [] or [B].
+
+        Raises:
+            GridError: a time is not on the grid.
+        """
+        times, time = self.times.to(t.device), t.double()
+        nearest = (times - time[..., None]).abs().argmin(-1)
+        same = max(_SAME_TIME, torch.finfo(t.dtype).eps) * times[nearest]
+        strays = time[(times[nearest] - time).abs() > same]
+        if len(strays):
+            raise GridError(
+                f"t = {float(strays[0]):g} is not among the {len(times)} times from "
+                f"{float(times[-1]):g} to {float(times[0]):g} that the model was made for: give "
+                "the verb the same grid=, and a solver that calls the model at its times alone"
+            )
+        log_snrs = self.log_snrs.to(t.device)
+        ahead = log_snrs[nearest] - log_snrs[nearest + 1]
+        return self.alphas.to(t.device)[nearest], ahead / 2
 
 
 _SAME_TIME = 1e-6  # a time rounded to float32 is still the grid's

@@ -111,7 +111,7 @@ def cfg_plus_plus(
         A `Model`, to be solved by "ddim" on `grid`.
 
     Raises:
-        GridError: `grid` does not decrease strictly.
+        GridError: `grid` does not decrease strictly; at a call, the time is not on it.
         ArgumentError: as in `classifier_free`.
 
     Source:

@@ -26,7 +26,7 @@ from scoresolve.grid import Grid
 from scoresolve.guidance.base import CleanModel, Cost, GridAhead, GuidedModel, cost_at, positive
 from scoresolve.guidance.linear import LinearMap, Measurement, conjugate_gradients
 from scoresolve.models import Model, check_output
-from scoresolve.sde import SDE, TimeLike, expand
+from scoresolve.sde import SDE, TimeLike, as_time, expand
 
 __all__ = ["dps", "dps_steps", "inpaint", "mmps", "pigdm"]
 
@@ -94,7 +94,7 @@ def dps_steps(
 
     Raises:
         ArgumentError: `step` is not positive.
-        GridError: `grid` does not decrease strictly.
+        GridError: `grid` does not decrease strictly; at a call, the time is not on it.
 
     Source:
         Chung et al. 2023 (2209.14687), algorithm 1 and appendix C.2.
@@ -239,7 +239,8 @@ class _Point:
     Attributes:
         x0: E[x0 | x_t], [B, *event].
         residual: y - A x0, [B, *measured].
-        t, alpha, sigma: time and schedule, [] or [B].
+        t: time, [] or [B].
+        alpha, sigma: schedule there, or at the last time `GuidedModel.settled` allows, [] or [B].
         covary: v -> V A^T v, from [B, *measured] to [B, *event].
     """
 
@@ -293,7 +294,7 @@ class _Posterior(CleanModel):
 
         x0 = mean if keep_graph else mean.detach()
         residual = self.measurement.residual(x0, observation)
-        u = self.weigh(_Point(x0, residual, time, alpha, sigma, covary))
+        u = self.weigh(_Point(x0, residual, as_time(t, x), alpha, sigma, covary))
         return x0 + covary(u)
 
 
