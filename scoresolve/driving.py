@@ -10,6 +10,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -214,7 +215,11 @@ class IntegratorEngine(Engine):
             check_output(velocity, state)
             return velocity
 
-        found = self.solver.solve(
+        solver = copy(self.solver)
+        if self.denoise:  # leave calls for it
+            last = math.ceil(x.shape[0] / self.width) if self.width else 1
+            solver.max_calls = max(solver.max_calls - last, 1)
+        found = solver.solve(
             drift,
             x,
             *self.ends,
@@ -247,17 +252,25 @@ class IntegratorEngine(Engine):
         return GaussianFlow(sde, model.data_scale or 1.0, mix)
 
     def _denoised(self, model: Model, part: Part, cond: dict[str, Any]) -> Part:
-        """The samples that arrived, after a last call to sigma = 0."""
-        batch = part.x.shape[0]
-        x, arrived, calls = part.x, part.status == int(Status.OK), part.calls
-        width = self.width or max(batch, 1)
-        for rows in torch.split(torch.arange(batch, device=x.device), width):
-            t = torch.full_like(rows, self.ends[1], dtype=x.dtype)
-            clean = model.predict("x0", x[rows], t, **split_cond(cond, rows, batch))
-            chosen = arrived[rows].reshape(-1, *(1,) * (x.ndim - 1))
-            x, calls = x.index_copy(0, rows, torch.where(chosen, clean, x[rows])), calls + 1
-        status = torch.where(arrived, row_status(x), part.status)
-        return Part(x, status, calls, part.evaluations + 1, part.solution)
+        """The samples that arrived, after a last call to sigma = 0.
+
+        Those that the limit on calls or an interrupt leaves out keep their states and are told.
+        """
+        x, status, calls, evaluations, solution = part
+        batch, why = x.shape[0], Status.CALL_LIMIT
+        left = (status == int(Status.OK)).nonzero().flatten()
+        try:
+            while len(left) and calls < self.solver.max_calls:
+                rows = left[: self.width]
+                t = torch.full_like(rows, self.ends[1], dtype=x.dtype)
+                clean = model.predict("x0", x[rows], t, **split_cond(cond, rows, batch))
+                x, calls = x.index_copy(0, rows, clean), calls + 1
+                status = status.index_copy(0, rows, row_status(clean))
+                evaluations = evaluations.index_add(0, rows, torch.ones_like(rows))
+                left = left[len(rows) :]
+        except KeyboardInterrupt:
+            why = Status.INTERRUPTED
+        return Part(x, status.index_fill(0, left, int(why)), calls, evaluations, solution)
 
 
 def drive(

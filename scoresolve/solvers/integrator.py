@@ -6,6 +6,7 @@ report one status per sample.
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -72,6 +73,7 @@ class Integrator(ABC):
         stochastic: whether it integrates the reverse SDE instead of the probability flow.
         source: paper or library.
         refills: whether `solve` keeps `width` rows in the batch, as long as some are waiting.
+        max_calls: calls of the drift that `solve` may make.
     """
 
     name: str
@@ -79,6 +81,7 @@ class Integrator(ABC):
     stochastic: bool = False
     source: str
     refills: bool = False
+    max_calls: int = sys.maxsize
 
     @abstractmethod
     def solve(
