@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 from test_adaptive import decay, rows, state
 from test_adaptive_engine import ON_THE_WAY, SOLVERS, TWO, WAYS, decayed, gaussian_net, same, spread
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import scoresolve as ss
 from scoresolve.errors import ArgumentError, Status
@@ -115,3 +118,74 @@ def test_an_event_counts_as_success() -> None:
     assert found.ok.all() and (found.status == Status.EVENT).all()
     exact = x * spread(sde, 0.5, 0.4) / spread(sde, 0.5, 1.0)
     torch.testing.assert_close(found.x, exact, rtol=0, atol=3e-3)
+
+
+@pytest.mark.parametrize("solver_class", TWO)
+@pytest.mark.parametrize("holds_late", [True, False])
+@pytest.mark.parametrize("ends", [(0.0, 1.0), (1.0, 0.0)])
+def test_a_condition_ends_a_row_where_its_truth_changes(
+    solver_class: type[Adaptive], holds_late: bool, ends: tuple[float, float]
+) -> None:
+    solver = solver_class(1e-6, 1e-6, event=lambda x, t: (t > 0.37) == holds_late)
+    solution = solver.solve(decay, state(3, 2), *ends)
+    assert (solution.status == Status.EVENT).all()
+    torch.testing.assert_close(solution.t, torch.full_like(solution.t, 0.37), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("solver_class", TWO)
+def test_a_row_ends_where_its_event_is_nan(solver_class: type[Adaptive]) -> None:
+    x, wall = state(4, 2), 0.618
+    x[:, 1] = torch.tensor([-1.0, 1.0, 1.0, 0.0])  # 0 / 0 from the start; log(-1) from the wall on
+
+    def event(x: Tensor, t: Tensor) -> Tensor:
+        return torch.where(x[:, 1] > 0, (wall - t).log() + 99, x[:, 1] / x[:, 1])
+
+    def drift(x: Tensor, t: Tensor, *_: Tensor) -> Tensor:
+        return torch.stack((-x[:, 0] * (1 + t), 0 * x[:, 1]), 1)
+
+    solution = solver_class(1e-5, 1e-5, event=event).solve(drift, x, 0.0, 1.0)
+    assert solution.status.tolist() == [0, *[Status.NONFINITE] * 3]
+    assert solution.t[3] == 0 and torch.equal(solution.x[3], x[3])
+    torch.testing.assert_close(
+        solution.t[1:3], torch.full((2,), wall, dtype=torch.float64), rtol=0, atol=1e-6
+    )
+    factor = torch.exp(-solution.t - solution.t**2 / 2)
+    torch.testing.assert_close(solution.x[:, 0], factor * x[:, 0], rtol=0, atol=1e-4)
+
+
+def test_times_to_save_at_may_be_a_tensor() -> None:
+    times = torch.linspace(1.0, 0.1, 4)  # of float32, whose 0.1 is not that of float64
+    sde, x = ss.VP(), state(3, 2)
+    found, listed = (
+        ss.sample(gaussian_net(sde, 0.5), sde, x=x, solver=AdaptiveAdams(save_at=at), t_end=0.1)
+        for at in (times, times.tolist())
+    )
+    assert torch.equal(found.saved, listed.saved) and not found.saved.isnan().any()
+    up = ss.encode(
+        gaussian_net(sde, 0.5), sde, x, solver=AdaptiveAdams(save_at=(0.1 - 1e-8,)), t_start=0.1
+    )
+    assert torch.equal(up.saved[0], x)
+    with pytest.raises(ArgumentError, match="save_at"):
+        AdaptiveAdams(save_at=times - 1e-5).solve(decay, x, 1.0, 0.1)
+
+
+class Copied(TorchDispatchMode):
+    """Counts the elements that operations return."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.total += sum(v.numel() for v in tree_leaves(out) if isinstance(v, Tensor))
+        return out
+
+
+def test_the_cost_of_saved_states_is_linear_in_their_number() -> None:
+    def copied(saves: int) -> int:
+        times = torch.linspace(0, 1, saves, dtype=torch.float64)
+        with Copied() as count:
+            AdaptiveAdams(save_at=times).solve(decay, state(8, 512), 0.0, 1.0)
+        return count.total
+
+    few, some, many = (copied(n) for n in (20, 40, 80))
+    assert many - some < 2.2 * (some - few)  # 2 if linear, 4 if every save copies the others

@@ -72,23 +72,23 @@ def integral(
     return (middle[:, None] * dw).sum(1)
 
 
-def exact_from_snr(sde: GaussianSDE, v: float, x: Tensor, seed: int) -> Tensor:
-    """z = tau x/alpha of d(z) = v z/(1 + v tau) dtau + dB, by variation of constants."""
-    path = snr_path(sde, seed)
-    tau = torch.logspace(math.log10(path.t0), math.log10(path.t1), 4001, dtype=F64)
-    tau = tau.clamp(path.t0, path.t1)
+def exact_from_snr(sde: GaussianSDE, v: float, x: Tensor, seed: int, end: float) -> Tensor:
+    """z = tau x/alpha of d(z) = v z/(1 + v tau) dtau + dB at t = end, by variation of constants."""
+    path, last = snr_path(sde, seed), float(sde.log_snr(end).exp())
+    tau = torch.logspace(math.log10(path.t0), math.log10(last), 4001, dtype=F64)
+    tau = tau.clamp(path.t0, last)
     z = path.t0 * x / float(sde.alpha(sde.T)) / (1 + v * path.t0)
-    z = (1 + v * path.t1) * (z + integral(path, x, tau, lambda s: 1 / (1 + v * s)))
-    return float(sde.alpha(sde.t_min)) * z / path.t1
+    z = (1 + v * last) * (z + integral(path, x, tau, lambda s: 1 / (1 + v * s)))
+    return float(sde.alpha(end)) * z / last
 
 
-def exact_from_time(sde: ss.EDM, v: float, x: Tensor, seed: int) -> Tensor:
-    """x of dx = 2t x/(v + t^2) dt + sqrt(2t) dW, from T down, by variation of constants."""
+def exact_from_time(sde: ss.EDM, v: float, x: Tensor, seed: int, end: float) -> Tensor:
+    """x at `end` of dx = 2t x/(v + t^2) dt + sqrt(2t) dW, from T down, as above."""
     path = BrownianPath(Philox(seed), sde.t_min, sde.T)
-    t = sde.T * torch.linspace(1, (sde.t_min / sde.T) ** 0.25, 8001, dtype=F64) ** 4
-    t[-1] = sde.t_min
+    t = sde.T * torch.linspace(1, (end / sde.T) ** 0.25, 8001, dtype=F64) ** 4
+    t[-1] = end
     whole = integral(path, x, t, lambda s: (2 * s).sqrt() / (v + s * s))
-    return (v + sde.t_min**2) * (x / (v + sde.T**2) + whole)
+    return (v + end**2) * (x / (v + sde.T**2) + whole)
 
 
 # The path
@@ -265,9 +265,10 @@ def test_only_a_path_that_is_read_again_keeps_the_variance_of_the_noise(
 
 
 def run(
-    kind: type[Adaptive], tolerance: float, sde: GaussianSDE, v: float, x: Tensor
+    kind: type[Adaptive], tolerance: float, sde: GaussianSDE, v: float, x: Tensor, **options: Any
 ) -> ss.Samples:
-    found = ss.sample(gaussian_model(sde, v), sde, x=x, solver=kind(tolerance, tolerance), seed=8)
+    solver = kind(tolerance, tolerance, **options)
+    found = ss.sample(gaussian_model(sde, v), sde, x=x, solver=solver, seed=8)
     assert found.ok.all()
     return found
 
@@ -281,15 +282,87 @@ CASES = [
 
 
 @pytest.mark.parametrize(("kind", "sde", "v"), CASES)
-def test_samples_of_one_seed_approach_the_exact_solution_with_order_one(
+def test_samples_of_one_seed_approach_the_exact_solution_with_order_one_all_the_way(
     kind: type[Adaptive], sde: Any, v: float
 ) -> None:
-    x = start(sde, 24, 2, variance=v)
-    exact = (exact_from_snr if kind is AdaptiveSDE else exact_from_time)(sde, v, x, 8)
-    unit, found = spread(sde, v, sde.t_min), []
+    x, times = start(sde, 24, 2, variance=v), (0.01 * sde.T, sde.t_min)
+    solve = exact_from_snr if kind is AdaptiveSDE else exact_from_time
+    exact = [solve(sde, v, x, 8, t) for t in times]
+    unit, found = [spread(sde, v, t) for t in times], []
     for tolerance in (0.01, 0.003, 0.001):
-        got = run(kind, tolerance, sde, v, x)
-        error = float((got.x - exact).square().mean().sqrt()) / unit
-        found.append((float(got.accepted.double().mean()), error))
+        got = run(kind, tolerance, sde, v, x, save_at=times)
+        errors = (got.saved - torch.stack(exact)).square().mean((1, 2)).sqrt()
+        found.append((float(got.accepted.double().mean()), errors / torch.tensor(unit)))
+        torch.testing.assert_close(got.saved[-1], got.x, rtol=1e-12, atol=1e-12)
     (few, coarse), _, (many, fine) = found
-    assert math.log(coarse / fine) / math.log(many / few) > 0.8
+    assert ((coarse / fine).log() / math.log(many / few)).min() > 0.8
+
+
+# Along the path
+
+
+@pytest.mark.parametrize("kind", SOLVERS)
+def test_the_path_between_the_steps_is_the_brownian_one(kind: type[Adaptive]) -> None:
+    share = torch.linspace(0, 1, 150, dtype=F64)
+    if kind is GottaGoFast:
+        x, noise = empty(3, 2).fill_(1.0), Philox(4)
+        path, times = BrownianPath(noise, 0.0, 1.0), 1 - share
+        solver = kind(0.1, 0.1, save_at=times, dense=True)
+        found = solver.solve(lambda x, t, rows: 0 * x, x, 1.0, 0.0, torch.ones_like, noise)
+        exact = [x + path.increment(x, 1.0, float(t)) for t in times]
+    else:
+        sde, point = ss.VP(), torch.tensor([0.7, -2.0], dtype=F64)
+        x, path = start(sde, 3, 2), snr_path(sde, 4)
+        tau = (path.t0 * (share * math.log(path.t1 / path.t0)).exp()).clamp(path.t0, path.t1)
+        times = sde.time_from_log_snr(tau.log()).clamp(sde.t_min, sde.T)
+        solver, model = kind(save_at=times, dense=True), ss.from_x0(lambda x, t: 0 * x + point, sde)
+        found = ss.sample(model, sde, x=x, solver=solver, seed=4)
+        z, tau = path.t0 * x / float(sde.alpha(sde.T)), sde.log_snr(times).exp()
+        tau = tau.clamp(path.t0, path.t1)
+        b = [path.increment(x, path.t0, float(s)) for s in tau]
+        exact = [
+            float(sde.alpha(t)) * (z + (float(s) - path.t0) * point + w) / float(s)
+            for t, s, w in zip(times, tau, b, strict=True)
+        ]
+    assert found.accepted.max() < 75  # half of the times lie between two points
+    torch.testing.assert_close(found.saved, torch.stack(exact), rtol=0, atol=1e-6)
+    for t, saved in zip(times.tolist(), found.saved, strict=True):
+        torch.testing.assert_close(found.path(t), saved, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", SOLVERS)
+def test_looking_at_the_path_changes_nothing_and_costs_no_call(kind: type[Adaptive]) -> None:
+    sde, v = ss.EDM(), 1.0
+    x = start(sde, 6, 2)
+    plain = run(kind, 0.05, sde, v, x)
+    seen = run(kind, 0.05, sde, v, x, save_at=(40.0, 1.0), dense=True, event=lambda x, t: 0 * t - 1)
+    for name in ("x", "accepted", "rejected", "status"):
+        assert torch.equal(getattr(plain, name), getattr(seen, name))
+    assert plain.calls == seen.calls
+
+
+@pytest.mark.parametrize("kind", SOLVERS)
+def test_an_event_of_the_sde_is_a_crossing_of_its_path(kind: type[Adaptive]) -> None:
+    sde, v, level = ss.EDM(), 1.0, 0.4
+    x = start(sde, 6, 1)
+    plain = run(kind, 0.05, sde, v, x, dense=True)
+    met = run(kind, 0.05, sde, v, x, event=lambda x, t: x[:, 0] - level)
+    ended = met.status == Status.EVENT
+    assert ended.any() and torch.equal(met.x[~ended], plain.x[~ended])
+    assert ended[(x[:, 0] - level).sign() != (plain.x[:, 0] - level).sign()].all()
+    assert plain.path is not None and met.t is not None
+    for row in ended.nonzero().flatten().tolist():
+        t = float(met.t[row])
+        assert abs(float(met.x[row, 0]) - level) < 1e-3
+        torch.testing.assert_close(plain.path(t)[row], met.x[row], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", SOLVERS)
+def test_coupled_rows_of_the_sde_make_one_step_under_the_control_given(
+    kind: type[Adaptive],
+) -> None:
+    sde, x = ss.EDM(), start(ss.EDM(), 6, 2)
+    together = run(kind, 0.05, sde, 1.0, x, coupled=True)
+    assert len(set(together.accepted.tolist())) == len(set(together.rejected.tolist())) == 1
+    slow = run(kind, 0.05, sde, 1.0, x, coupled=True, control=(0.0, 0.1, 0.0))
+    assert (slow.accepted + slow.rejected != together.accepted + together.rejected).all()

@@ -2,6 +2,7 @@
 
 drift        the right-hand side: bounded, counted, checked
 rows         rows that each go their own way
+points       points of a path, and the polynomial through them
 coordinates  what is integrated, over what
 path         states between the steps, and events
 loop         the loop: trial, control, statuses, rows that leave and enter

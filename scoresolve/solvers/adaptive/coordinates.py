@@ -21,12 +21,14 @@ import torch
 from torch import Tensor
 
 from scoresolve.errors import ArgumentError
+from scoresolve.sde import GaussianSDE
 from scoresolve.solvers.adaptive.drift import BoundedDrift
+from scoresolve.solvers.adaptive.points import Point, hermite
 from scoresolve.solvers.adaptive.rows import lift, padded
 from scoresolve.solvers.integrator import GaussianFlow, RowDrift
 from scoresolve.solvers.scaled import TURN, B, C
 
-__all__ = ["COORDINATES", "Coordinates", "coordinates_for"]
+__all__ = ["COORDINATES", "Coordinates", "check_ends", "coordinates_for"]
 
 
 class Coordinates(ABC):
@@ -72,6 +74,14 @@ class Coordinates(ABC):
     def unit(self, u: Tensor) -> Tensor | None:
         """The factor on y that makes errors comparable, [b]; None for 1."""
         return None
+
+    def between(self, now: Point, new: Point, before: Point, u: Tensor) -> Tensor:
+        """y at u [b] within the step from `now` to `new`, given the point `before` it.
+
+        The polynomial of degree 5 through the three, or on a first step, which has no point before,
+        of degree 3. It is as good as the steps up to order 5: under the long ones of dop853 less.
+        """
+        return hermite((now, new, before), u)
 
     def least_step(self, u: Tensor) -> Tensor:
         """A step of a few ulp, below which the stages' times are no longer distinct."""
@@ -169,6 +179,12 @@ class Scaled(_Gaussian):
 
 
 class LogSNR(_Gaussian):
+    def __init__(
+        self, drift: BoundedDrift, flow: GaussianFlow, t_start: float, t_end: float
+    ) -> None:
+        check_ends(flow.sde, t_start, t_end)
+        super().__init__(drift, flow, t_start, t_end)
+
     def size(self, alpha: Tensor, sigma: Tensor) -> Tensor:
         return alpha
 
@@ -176,19 +192,28 @@ class LogSNR(_Gaussian):
         return torch.zeros_like(alpha), sigma / alpha
 
     def clock(self, t: float) -> float:
-        u = -0.5 * float(self.sde.log_snr(t))
-        if not math.isfinite(u):
-            raise ArgumentError(
-                f"log-SNR is {-2 * u} at t = {t:g} and this solver steps in it: "
-                "give another t_start or t_end, or take an adaptive solver in scaled coordinates"
-            )
-        return u
+        return -0.5 * float(self.sde.log_snr(t))
 
     def log_snr(self, u: Tensor) -> Tensor:
         return -2 * u
 
 
 COORDINATES: Final = ("time", "scaled", "log_snr")
+
+
+def check_ends(sde: GaussianSDE, t_start: float, t_end: float) -> None:
+    """Raise `ArgumentError` if alpha or sigma is 0 at an end: log k and the reverse SDE need both.
+
+    Args:
+        sde: the process.
+        t_start, t_end: the interval.
+    """
+    for name, t, other in (("t_start", t_start, t_end), ("t_end", t_end, t_start)):
+        if not math.isfinite(log_snr := float(sde.log_snr(t))):
+            raise ArgumentError(
+                f"log-SNR is {log_snr} at {name} = {t:g}, where the equation of this solver is "
+                f"singular: give {name}={t + 1e-3 * (other - t):.4g}, say"
+            )
 
 
 def coordinates_for(

@@ -29,7 +29,7 @@ class AdaptiveDPMSolver(Adaptive):
     Args:
         rtol, atol: as in `Adaptive`; 0.05 and 0.0078 are the published ones.
         order: 2 or 3.
-        **options: as in `Adaptive`, but the coordinates, which are "log_snr".
+        **options: as in `Adaptive`; the coordinates are "log_snr".
 
     Raises:
         ArgumentError: an argument is out of its range.
@@ -39,6 +39,7 @@ class AdaptiveDPMSolver(Adaptive):
     """
 
     usual_coordinates = "log_snr"
+    possible_coordinates = ("log_snr",)
     source = "Lu et al. 2022 (2206.00927), appendix C"
 
     def __init__(

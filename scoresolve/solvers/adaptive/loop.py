@@ -15,7 +15,7 @@ import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,11 +75,14 @@ class Adaptive(Integrator):
     r"""A solver of the probability flow whose steps follow its error, sample by sample.
 
     No row's numbers depend on the other rows, apart from what the drift itself does. A finished
-    row leaves the batch, and the next waiting one takes its place. A row ends with
+    row leaves the batch, and the next waiting one takes its place: the first slopes of as many as
+    the batch holds are asked for in one call, ahead, so that every call is full as long as samples
+    wait. A row ends with
 
     - `Status.OK` at `t_end`, `Status.EVENT` where the event happened;
-    - `Status.NONFINITE` if the slope is not finite at the start, or at every step down to 1e-8 of
-      the interval: a trial step that meets such a value is shrunk by 10 and tried again;
+    - `Status.NONFINITE` if the slope is not finite or the event NaN at the start, or at every step
+      down to 1e-8 of the interval: a trial step that meets such a value is shrunk by 10 and tried
+      again;
     - `Status.STEP_LIMIT` after `max_steps`, or if the tolerance asks for a step of a few ulp;
     - `Status.NOISY` if the drift answers the same question differently, as with dropout on: some
       rows that made many steps are asked twice. It ends all rows;
@@ -102,9 +105,13 @@ class Adaptive(Integrator):
         coordinates: "time", "scaled" or "log_snr", see `scoresolve.solvers.adaptive.coordinates`.
         coupled: whether all rows make one step, whose error is the mean square of theirs. A
             sample then depends on its neighbours; one that alone meets a NaN ends there.
-        save_at: times at which to keep the states, in the direction of time; no further calls.
+        save_at: times at which to keep the states, in the direction of time, a sequence or a
+            tensor [S]; no further calls.
         dense: whether to keep the path, so that it can be evaluated at any time.
-        event: a function (x [b, *event], t [b]) -> [b]; a row ends where it changes its sign.
+        event: a function (x [b, *event], t [b]) -> [b]; a row ends where it changes its sign or,
+            if it is bool, its truth. It is looked at where steps end, and followed to the place
+            from there, so a change and back within one step is not seen. A step to where it is
+            NaN is tried again, shorter.
 
     Raises:
         ArgumentError: an argument is out of its range.
@@ -112,6 +119,7 @@ class Adaptive(Integrator):
 
     refills = True
     usual_coordinates: str | None = "time"
+    possible_coordinates: tuple[str, ...] = COORDINATES
     usual_control: tuple[float, float, float] = (0.0, 1.0, 0.0)
     longest: float = math.inf
 
@@ -129,7 +137,7 @@ class Adaptive(Integrator):
         control: tuple[float, float, float] | None = None,
         coordinates: str | None = None,
         coupled: bool = False,
-        save_at: Sequence[float] = (),
+        save_at: Sequence[float] | Tensor = (),
         dense: bool = False,
         event: Event | None = None,
     ) -> None:
@@ -147,6 +155,8 @@ class Adaptive(Integrator):
         p, i, d = (real_number("control", v, least=-1, most=1) for v in shares)
         if i <= 0:
             raise ArgumentError(f"control = {control!r}: give an I above 0")
+        if isinstance(save_at, Tensor) and save_at.ndim == 1:
+            save_at = save_at.tolist()
         if not isinstance(save_at, Sequence) or isinstance(save_at, str):
             raise ArgumentError(f"save_at = {save_at!r}: give a sequence of times")
         if event is not None and not callable(event):
@@ -155,6 +165,11 @@ class Adaptive(Integrator):
             raise ArgumentError("safety = 1: give a factor below 1")
         if coordinates not in (None, *COORDINATES):
             raise UnknownNameError("coordinates", str(coordinates), COORDINATES)
+        if coordinates not in (None, *self.possible_coordinates):
+            raise ArgumentError(
+                f"coordinates = {coordinates!r}: {type(self).__name__} is written in coordinates "
+                "of its own, leave them out"
+            )
         self.control, self.coupled = (p, i, d), coupled
         self.coordinates = coordinates or self.usual_coordinates
         self.dense, self.event = dense, event
@@ -223,7 +238,7 @@ class Adaptive(Integrator):
         batch = y.shape[0]
         width = min(width or batch, batch)
         waiting, ended = _start_rows(y, way.start), list[Rows]()
-        rows = guests = waiting.part(slice(0))
+        rows = ready = waiting.part(slice(0))
         asked_again = _ASK_AGAIN
         while True:
             done = (rows.status != Status.OK) | (rows.u == way.end)
@@ -231,19 +246,24 @@ class Adaptive(Integrator):
                 ended.append(rows.take(done.nonzero().flatten()).bare())
                 rows = rows.take(done.logical_not().nonzero().flatten())
             free = 0 if self.coupled and len(rows.place) else width - len(rows.place)
-            if free and len(waiting.place):
-                guests, waiting = waiting.part(slice(free)), waiting.part(slice(free, None))
-            if not len(rows.place) + len(guests.place):
-                break
             try:
-                rows = self._attempt(way, record, rows, guests)
-                guests = guests.part(slice(0)) if len(guests.place) else guests
-                if bool((rows.accepted + 4 * rows.rejected >= asked_again).any()):
-                    asked_again *= 2
-                    self._ask_again(way, rows)
+                if free and len(ready.place):
+                    begun = self._begin(way, record, ready.part(slice(free)))
+                    rows, ready = Rows.join([rows, begun]), ready.part(slice(free, None))
+                elif free and len(waiting.place):
+                    guests = waiting.part(slice(width))
+                    slope = way.slope(guests.y, guests.u, guests.place)
+                    ready, waiting = guests._replace(slope=slope), waiting.part(slice(width, None))
+                elif len(rows.place):
+                    rows = self._step(way, record, rows)
+                    if bool((rows.accepted + 4 * rows.rejected >= asked_again).any()):
+                        asked_again *= 2
+                        self._ask_again(way, rows)
+                else:
+                    break
             except (CallLimit, _Noisy, KeyboardInterrupt) as reason:
                 why = _REASONS.get(type(reason), Status.INTERRUPTED)
-                ended += [part.bare().stop(why, way.end) for part in (rows, guests, waiting)]
+                ended += [part.bare().stop(why, way.end) for part in (rows, ready, waiting)]
                 break
         last = Rows.join(ended)
         last = last.take(last.place.argsort())
@@ -271,30 +291,21 @@ class Adaptive(Integrator):
                 stacklevel=3,
             )
 
-    def _begin(self, way: Coordinates, record: Record, rows: Rows, slope: Tensor) -> Rows:
-        """New rows with their slopes; those with no finite slope have failed."""
-        status = row_status(rows.y).maximum(row_status(slope)).cpu()
-        rows = rows._replace(slope=slope, status=status)
+    def _begin(self, way: Coordinates, record: Record, rows: Rows) -> Rows:
+        """Rows that know their slopes, ready for a step; those with no finite slope have failed."""
         rows = rows._replace(memory=self.memory(way, rows), before=record.begin(rows))
+        status = row_status(rows.y).maximum(row_status(rows.slope)).cpu()
+        for value in rows.before[3:]:
+            status = torch.where(value.isnan(), int(Status.NONFINITE), status)
         h = self._first(way, rows)
         if self.coupled and bool((status == Status.OK).any()):
             h = h[status == Status.OK].min().expand(len(h))
-        return rows._replace(h=h)
+        return rows._replace(h=h, status=status)
 
     def _first(self, way: Coordinates, rows: Rows) -> Tensor:
         if self.first_step is not None:
             return torch.full_like(rows.u, min(self.first_step, way.length))
         return self.first_steps(way, rows).maximum(way.least_step(rows.u))
-
-    def _attempt(self, way: Coordinates, record: Record, rows: Rows, guests: Rows) -> Rows:
-        """One trial step of every row; the guests, who have just come in, find their slopes."""
-        if not len(rows.place):
-            return self._begin(way, record, guests, way.slope(guests.y, guests.u, guests.place))
-        if not len(guests.place):
-            return self._step(way, record, rows)
-        host: Any = _Guests(way, guests)
-        rows = self._step(host, record, rows)
-        return Rows.join([rows, self._begin(way, record, guests, host.slopes[0])])
 
     def _step(self, way: Coordinates, record: Record, rows: Rows) -> Rows:
         """One trial step of every row."""
@@ -305,14 +316,16 @@ class Adaptive(Integrator):
         trial = self.trial(way, rows, u, way.sign * h)
         with torch.no_grad():
             tall = rows.y.abs().maximum(trial.y.abs())
+            value = record.value(trial.y, u)
             bad = row_status(trial.y).maximum(row_status(trial.slope)) != Status.OK
+            bad = bad | value.isnan().to(bad.device)
             errors = self._norms(way, trial.errors, tall, u)
             errors = errors.masked_fill(errors.isnan() | bad, math.inf)
         errors = self.judge(rows, errors.cpu().double())
         if self.coupled:
             errors = _coupled(errors)
         accept = errors[0] <= 1
-        before = record.see(rows, u, trial.y, trial.slope, accept)
+        before = record.see(rows, u, trial.y, trial.slope, value, accept)
 
         def taken(new: Tensor, old: Tensor) -> Tensor:
             return torch.where(lift(accept, new), new, old)
@@ -381,29 +394,6 @@ class Adaptive(Integrator):
     def norm(self, way: Coordinates, v: Tensor, y: Tensor, u: Tensor) -> Tensor:
         """The norm of an error v in which tolerances are meant, on the host."""
         return self._norms(way, v[None], y.abs(), u)[0].cpu().double()
-
-
-class _Guests:
-    """Coordinates whose first slope also serves rows that have just come in.
-
-    Attributes:
-        slopes: those of the guests, once it is called.
-    """
-
-    def __init__(self, way: Coordinates, guests: Rows) -> None:
-        self.way, self.guests, self.slopes = way, guests, list[Tensor]()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.way, name)
-
-    def slope(self, y: Tensor, u: Tensor, place: Tensor) -> Tensor:
-        if self.slopes:
-            return self.way.slope(y, u, place)
-        guests = self.guests
-        both = zip((y, u, place), (guests.y, guests.u, guests.place), strict=True)
-        found = self.way.slope(*(torch.cat(pair) for pair in both))
-        self.slopes.append(found[len(y) :])
-        return found[: len(y)]
 
 
 def _start_rows(y: Tensor, start: float) -> Rows:

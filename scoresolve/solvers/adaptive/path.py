@@ -1,8 +1,7 @@
 """The path between the steps: states at given times, anywhere on it, and events.
 
-Through the ends of a step and the point before it, (u_i, y_i, y_i'), runs a polynomial of degree 5
-(Hermite); on the first step there is no point before, and the degree is 3. It costs no call, and is
-as good as the steps up to order 5: under the long steps of dop853 it is less.
+What lies between the ends of a step is known to the coordinates (`Coordinates.between`), and costs
+no call.
 """
 
 from __future__ import annotations
@@ -15,47 +14,15 @@ from torch import Tensor
 
 from scoresolve.errors import ArgumentError, Status, real_number
 from scoresolve.solvers.adaptive.coordinates import Coordinates
+from scoresolve.solvers.adaptive.points import Point
 from scoresolve.solvers.adaptive.rows import Rows, lift
 
-__all__ = ["Event", "Path", "Point", "Record", "hermite"]
+__all__ = ["Event", "Path", "Record"]
 
 Event = Callable[[Tensor, Tensor], Tensor]
 
 _BISECTIONS = 60
-
-
-class Point(NamedTuple):
-    """Rows at one point: u [b] on the host, y and dy/du [b, *event]."""
-
-    u: Tensor
-    y: Tensor
-    slope: Tensor
-
-    def take(self, index: Tensor) -> Point:
-        return Point(*(part[index.to(part.device)] for part in self))
-
-
-def hermite(points: Sequence[Point], u: Tensor) -> Tensor:
-    """The polynomial through states and slopes at `points`, at u [b], by divided differences.
-
-    A last point that coincides with the first is left out, row by row.
-    """
-    nodes = [point.u for point in points for _ in (0, 1)]
-    column = [point.y for point in points for _ in (0, 1)]
-    total, product = column[0], torch.ones_like(u)
-    for depth in range(1, len(nodes)):
-        below = column
-        column = []
-        for i in range(len(nodes) - depth):
-            gap = nodes[i + depth] - nodes[i]
-            if depth == 1 and i % 2 == 0:
-                column.append(points[i // 2].slope)
-            else:
-                share = torch.where(gap == 0, 0.0, 1 / gap)
-                column.append((below[i + 1] - below[i]) * lift(share, below[i]))
-        product = product * (u - nodes[depth - 1])
-        total = total + lift(product, column[0]) * column[0]
-    return total
+_SLACK = 1e-6
 
 
 class _Segment(NamedTuple):
@@ -64,18 +31,21 @@ class _Segment(NamedTuple):
     It counts up to u = reach, where the step or the row ended.
     """
 
-    place: Tensor
     reach: Tensor
     new: Point
     now: Point
     before: Point
 
-    def at(self, u: Tensor) -> Tensor:
-        return hermite((self.now, self.new, self.before), u)
+    @property
+    def place(self) -> Tensor:
+        return self.now.place
+
+    def at(self, way: Coordinates, u: Tensor) -> Tensor:
+        return way.between(self.now, self.new, self.before, u)
 
     def take(self, index: Tensor) -> _Segment:
         points = (self.new.take(index), self.now.take(index), self.before.take(index))
-        return _Segment(self.place[index], self.reach[index], *points)
+        return _Segment(self.reach[index], *points)
 
 
 class Record:
@@ -84,16 +54,17 @@ class Record:
     Args:
         way: the coordinates.
         y: the start of all rows, [B, *event].
-        save_at: times to keep states at, in the direction of time.
+        save_at: times to keep states at, in the direction of time; one that a tensor of float32
+            rounds beyond an end of the interval is that end.
         dense: whether to keep every step.
         event: where rows end.
 
     Attributes:
-        saved: states x at `save_at`, [S, B, *event]; NaN where a row did not come so far.
         segments: the steps, if dense.
 
     Raises:
-        ArgumentError: `save_at` is not ordered or leaves the interval.
+        ArgumentError: `save_at` is not ordered or leaves the interval, or the event does not
+            return one number per sample.
     """
 
     def __init__(
@@ -105,63 +76,71 @@ class Record:
         event: Event | None,
     ) -> None:
         self.way, self.y, self.dense, self.event = way, y, dense, event
-        times = [real_number("save_at", t) for t in save_at]
         ends = [
             float(way.time(torch.tensor([u], dtype=torch.float64))) for u in (way.start, way.end)
         ]
-        if times != sorted(times, reverse=ends[1] < ends[0]) or any(
-            not min(ends) <= t <= max(ends) for t in times
+        low, high = min(ends), max(ends)
+        slack = _SLACK * (high - low)
+        if sorted(save_at, reverse=ends[1] < ends[0]) != [*save_at] or any(
+            not low - slack <= t <= high + slack for t in save_at
         ):
             raise ArgumentError(
-                f"save_at = {tuple(times)}: give times from {ends[0]:g} to {ends[1]:g}, in order"
+                f"save_at = {tuple(save_at)}: give times from {ends[0]:g} to {ends[1]:g}, in order"
             )
-        self.marks = [way.clock(t) for t in times]
-        self._value(y[:1], torch.tensor([way.start], dtype=torch.float64))  # before any call
-        self.saved = y.new_full((len(times), *y.shape), torch.nan)
+        marks = [way.clock(min(max(t, low), high)) for t in save_at]
+        self.marks = torch.tensor(marks, dtype=torch.float64)[:, None]
+        self.value(y[:1], torch.tensor([way.start], dtype=torch.float64))  # before any call
+        self._saved = list[tuple[Tensor, Tensor]]()
         self.segments: list[_Segment] = []
         self.stops: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
     def idle(self) -> bool:
-        return not (self.marks or self.dense or self.event)
+        return not (len(self.marks) or self.dense or self.event)
+
+    @property
+    def saved(self) -> Tensor:
+        """States x at `save_at`, [S, B, *event]; NaN where a row did not come so far."""
+        places, states = zip(*self._saved, strict=True) if self._saved else ((), ())
+        x = self.y.new_full((len(self.marks) * len(self.y), *self.y.shape[1:]), torch.nan)
+        if states:
+            x = x.index_copy(0, torch.cat(places).to(x.device), torch.cat(states))
+        return x.reshape(len(self.marks), *self.y.shape)
 
     def begin(self, rows: Rows) -> tuple[Tensor, ...]:
         """The point before the start, which is the start; with the event's value there."""
         if self.idle:
             return ()
-        for number, mark in enumerate(self.marks):
-            if mark == self.way.start:
-                self._save(number, rows.place, self.way.state(rows.y, rows.u))
-        return rows.u, rows.y, rows.slope, self._value(rows.y, rows.u)
+        number, row = (self.marks == rows.u).nonzero().unbind(1)
+        self._save(number, rows.place[row], self.way.state(rows.y, rows.u)[row.to(rows.y.device)])
+        return rows.u, rows.y, rows.slope, self.value(rows.y, rows.u)
 
     def see(
-        self, rows: Rows, u: Tensor, y: Tensor, slope: Tensor, accept: Tensor
+        self, rows: Rows, u: Tensor, y: Tensor, slope: Tensor, value: Tensor, accept: Tensor
     ) -> tuple[Tensor, ...]:
-        """Record the accepted steps of `rows` to (u, y, slope); returns their points before."""
+        """Record the accepted steps of `rows` to (u, y, slope), where the event has that value.
+
+        Returns:
+            Their points before.
+        """
         if self.idle:
             return ()
-        value = self._value(y, u) if self.event else rows.before[3]
         moved = accept.nonzero().flatten()
-        before = Point(*rows.before[:3])
-        segment = _Segment(
-            rows.place, u, Point(u, y, slope), Point(rows.u, rows.y, rows.slope), before
-        ).take(moved)
+        new, now = Point(rows.place, u, y, slope), Point(rows.place, rows.u, rows.y, rows.slope)
+        segment = _Segment(u, new, now, Point(rows.place, *rows.before[:3])).take(moved)
         if self.event and len(moved):
             reach = self._cross(segment, rows.before[3][moved], value[moved], moved)
             segment = segment._replace(reach=reach)
         if self.dense:
             self.segments.append(segment)
-        for number, mark in enumerate(self.marks):
-            passed = (segment.now.u - mark) * (segment.reach - mark) <= 0
-            inside = (passed & (segment.now.u != mark)).nonzero().flatten()
-            if len(inside):
-                at = torch.full((len(inside),), mark, dtype=torch.float64)
-                part = segment.take(inside)
-                self._save(number, part.place, self.way.state(part.at(at), at))
-        now = (rows.u, rows.y, rows.slope, value)
+        passed = (segment.now.u - self.marks) * (segment.reach - self.marks) <= 0
+        number, row = (passed & (segment.now.u != self.marks)).nonzero().unbind(1)
+        if len(row):
+            part, at = segment.take(row), self.marks[number, 0]
+            self._save(number, part.place, self.way.state(part.at(self.way, at), at))
         return tuple(
-            torch.where(lift(accept, a) if a.ndim > 1 else accept, a, b)
-            for a, b in zip(now, rows.before, strict=True)
+            torch.where(lift(accept, a), a, b)
+            for a, b in zip((*now[1:], value), rows.before, strict=True)
         )
 
     def stop(self, rows: Rows) -> Rows:
@@ -177,18 +156,21 @@ class Record:
             status=status,
         )
 
-    def _value(self, y: Tensor, u: Tensor) -> Tensor:
+    def value(self, y: Tensor, u: Tensor) -> Tensor:
+        """The event's value at states and places, [b] on the host: -1 and 1 for a condition."""
         if self.event is None:
             return torch.zeros_like(u)
         way = self.way
         with torch.no_grad():
             value = self.event(way.state(y, u).to(way.drift.dtype), way.drift.times(way.time(u)))
-        if value.shape != u.shape:
+        if not isinstance(value, Tensor) or value.shape != u.shape or value.is_complex():
+            found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
             raise ArgumentError(
-                f"the event returned shape {tuple(value.shape)} for {len(u)} samples: "
-                "return one number per sample"
+                f"the event returned {found} for {len(u)} samples: return a tensor [b] with one "
+                "real number, or one condition, per sample"
             )
-        return value.cpu().double()
+        number = value.cpu().double()
+        return 2 * number - 1 if value.dtype is torch.bool else number
 
     def _cross(self, segment: _Segment, old: Tensor, new: Tensor, moved: Tensor) -> Tensor:
         """Where the event happened, or else the ends of the steps, [b]."""
@@ -200,15 +182,13 @@ class Record:
         with torch.no_grad():
             for _ in range(_BISECTIONS):
                 middle = (low + high) / 2
-                same = self._value(part.at(middle), middle).sign() == sign
+                same = self.value(part.at(self.way, middle), middle).sign() == sign
                 low, high = torch.where(same, middle, low), torch.where(same, high, middle)
-        self.stops = moved[hit], high, part.at(high)
+        self.stops = moved[hit], high, part.at(self.way, high)
         return segment.new.u.index_copy(0, hit, high)
 
-    def _save(self, number: int, place: Tensor, x: Tensor) -> None:
-        index = place.to(x.device)
-        row = self.saved[number].index_copy(0, index, x)
-        self.saved = torch.stack([*self.saved[:number], row, *self.saved[number + 1 :]])
+    def _save(self, number: Tensor, place: Tensor, x: Tensor) -> None:
+        self._saved.append((number * len(self.y) + place, x))
 
 
 class Path:
@@ -236,6 +216,6 @@ class Path:
             inside = ((segment.now.u - u) * (segment.reach - u) <= 0).nonzero().flatten()
             if len(inside):
                 part = segment.take(inside)
-                at = part.at(torch.full((len(inside),), u, dtype=torch.float64))
-                y = y.index_copy(0, part.place.to(y.device), at)
+                at = torch.full((len(inside),), u, dtype=torch.float64)
+                y = y.index_copy(0, part.place.to(y.device), part.at(self.way, at))
         return self.way.state(y, torch.full((y.shape[0],), u, dtype=torch.float64))

@@ -79,6 +79,7 @@ class Rows(NamedTuple):
                 return tuple(torch.cat(each) for each in zip(*part, strict=True))
             return torch.cat(part)  # type: ignore[arg-type]
 
+        parts = [part for part in parts if len(part.place)] or parts[:1]
         return parts[0] if len(parts) == 1 else Rows(*map(link, *parts))  # type: ignore[arg-type]
 
 

@@ -2,7 +2,8 @@ r"""Adaptive solvers of the reverse SDE.
 
 Each sample has one Brownian path, a tree of counters, and a step reads its increment. A step that
 is rejected and made shorter therefore reads the same path again: what was refused is not forgotten,
-and the law of the noise does not depend on the tolerance.
+and the law of the noise does not depend on the tolerance. For the same reason the path between two
+points is known: it is what a step to there would have read.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from torch import Tensor
 from scoresolve.errors import ArgumentError
 from scoresolve.noise import BrownianPath, NoiseSource, Philox
 from scoresolve.sde import expand
-from scoresolve.solvers.adaptive.coordinates import Coordinates, LogSNR, Time
+from scoresolve.solvers.adaptive.coordinates import Coordinates, LogSNR, Time, check_ends
 from scoresolve.solvers.adaptive.drift import BoundedDrift
 from scoresolve.solvers.adaptive.loop import Adaptive, Trial
+from scoresolve.solvers.adaptive.points import Point
 from scoresolve.solvers.adaptive.rows import Rows, lift, padded
 from scoresolve.solvers.integrator import GaussianFlow, RowDrift
 
@@ -35,22 +37,10 @@ def _tree(noise: NoiseSource | None, ends: Sequence[float], geometric: bool) -> 
 
 
 class _Driven(Adaptive):
-    """An adaptive solver driven by a Brownian path."""
+    """An adaptive solver driven by a Brownian path, in coordinates of its own."""
 
     stochastic, order = True, 1.0
-
-    def __init__(
-        self,
-        rtol: float,
-        atol: float,
-        *,
-        max_steps: int = 10_000,
-        max_calls: int = 100_000,
-        first_step: float | None = None,
-        safety: float = 0.9,
-    ) -> None:
-        limits = {"max_steps": max_steps, "max_calls": max_calls}
-        super().__init__(rtol, atol, first_step=first_step, safety=safety, **limits)  # type: ignore[arg-type]
+    usual_coordinates, possible_coordinates = None, ()
 
     def first_steps(self, way: Coordinates, rows: Rows) -> Tensor:
         return torch.full_like(rows.u, way.length / 50)
@@ -77,10 +67,21 @@ class _PosteriorMean(LogSNR):
     def snr(self, u: Tensor) -> Tensor:
         return padded(lambda u: (-2 * u).exp(), u)
 
-    def increment(self, rows: Rows, u: Tensor) -> Tensor:
-        """B from the rows' places to u."""
+    def increment(self, rows: Rows | Point, u: Tensor) -> Tensor:
+        """B from where the rows are to u."""
         noise = self.noise.rows(rows.place)
         return noise.increment(rows.y, self.snr(rows.u), self.snr(u))
+
+    def flat(self, rows: Rows | Point, u: Tensor) -> Tensor:
+        """y at u for an x0 that stays what it is."""
+        kept, noise = self.snr(rows.u) / self.snr(u), self.increment(rows, u)
+        noise = lift(1 / self.snr(u), noise) * noise
+        return lift(kept, noise) * rows.y + lift(1 - kept, noise) * rows.slope + noise
+
+    def between(self, now: Point, new: Point, before: Point, u: Tensor) -> Tensor:
+        """The solution for an x0 that stays, and what its change adds, as the square of the way."""
+        share = (u - now.u) / (new.u - now.u)
+        return self.flat(now, u) + lift(share.square(), now.y) * (new.y - self.flat(now, new.u))
 
 
 class AdaptiveSDE(_Driven):
@@ -93,10 +94,11 @@ class AdaptiveSDE(_Driven):
 
     Args:
         rtol, atol: tolerances, relative to the standard deviation of the noised data.
-        max_steps, max_calls, first_step, safety: as in `Adaptive`.
+        **options: as in `Adaptive`, but coordinates, which are its own.
 
     Raises:
-        ArgumentError: the process is not Gaussian, or the noise is not made of counters.
+        ArgumentError: the process is not Gaussian, alpha or sigma is 0 at an end of the interval,
+            or the noise is not made of counters.
 
     Source:
         Lu et al. 2022 (2211.01095), eq. 18 and appendix D for the solutions; the error and the
@@ -129,13 +131,9 @@ class AdaptiveSDE(_Driven):
         return (torch.zeros_like(rows.slope),)
 
     def trial(self, way: Any, rows: Rows, u: Tensor, h: Tensor) -> Trial:
-        start, end = way.snr(rows.u), way.snr(u)
-        kept = start / end
-        late = 1 + (1 - kept) / (2 * h)  # of x0 linear in log k, the share of its end
+        late = 1 + (1 - way.snr(rows.u) / way.snr(u)) / (2 * h)  # the end's share of linear x0
         step, (rise,) = lift(h, rows.y), rows.memory
-        noise = lift(1 / end, rows.y) * way.increment(rows, u)
-        flat = lift(kept, noise) * rows.y + lift(1 - kept, noise) * rows.slope + noise
-        y = flat + lift(late, rise) * step * rise
+        y = way.flat(rows, u) + lift(late, rise) * step * rise
         x0 = way.slope(y, u, rows.place)
         change = x0 - rows.slope
         return Trial(y, x0, (lift(late, x0) * (change - step * rise))[None], (change / step,))
@@ -155,7 +153,7 @@ class _Driver(Time):
         super().__init__(drift, t_start, t_end)
         self.diffusion, self.noise = diffusion, _tree(noise, (t_start, t_end), geometric=False)
 
-    def kick(self, rows: Rows, u: Tensor) -> tuple[Tensor, Tensor]:
+    def kick(self, rows: Rows | Point, u: Tensor) -> tuple[Tensor, Tensor]:
         """g dW from the rows' times to u, with g at the start and at the end."""
         w = self.noise.rows(rows.place).increment(rows.y, rows.u, u)
         first, last = (
@@ -163,16 +161,27 @@ class _Driver(Time):
         )
         return first, last
 
+    def between(self, now: Point, new: Point, before: Point, u: Tensor) -> Tensor:
+        """Euler-Maruyama with the mean g, and a share of what it misses at the end."""
+
+        def euler(u: Tensor) -> Tensor:
+            first, last = self.kick(now, u)
+            return now.y + lift(u - now.u, now.y) * now.slope + (first + last) / 2
+
+        share = (u - now.u) / (new.u - now.u)
+        return euler(u) + lift(share, now.y) * (new.y - euler(new.u))
+
 
 class GottaGoFast(_Driven):
     """Adaptive stochastic improved Euler with an embedded Euler-Maruyama, two calls a step.
 
     Args:
         rtol, atol: tolerances of x per element; 0.02 and 0.0078 are among the published ones.
-        max_steps, max_calls, first_step, safety: as in `Adaptive`.
+        **options: as in `Adaptive`, but coordinates, which are its own.
 
     Raises:
-        ArgumentError: the noise is not made of counters.
+        ArgumentError: alpha or sigma is 0 at an end of the interval, or the noise is not made of
+            counters.
 
     Source:
         Jolicoeur-Martineau et al. 2021 (2105.14080), algorithm 1, where a rejected step draws
@@ -197,6 +206,8 @@ class GottaGoFast(_Driven):
     ) -> Coordinates:
         if diffusion is None:
             raise ArgumentError("diffusion is None: a solver of the SDE needs it")
+        if flow is not None:
+            check_ends(flow.sde, t_start, t_end)
         bounded = BoundedDrift(drift, x, t_start, t_end, self.max_calls)
         return _Driver(bounded, t_start, t_end, diffusion, noise)
 
