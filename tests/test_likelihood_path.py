@@ -124,6 +124,34 @@ def test_two_thirds_of_the_errors_lie_within_one_standard_error(case: str) -> No
     assert abs(float(inside) - expected) < 3 * math.sqrt(expected * (1 - expected) / len(x))
 
 
+@pytest.mark.parametrize("size", [2, 3, 4, 5, 8, 10, 16, 64])
+def test_the_standard_error_is_right_in_any_dimension(size: int) -> None:
+    mix, sde, rows = random_mixture(size, 3, spread=1.0), VP(), 1000
+    x = mix.sample(rows)
+    found = log_likelihood(mix.score_model(sde), sde, x, trace="hutchinson")
+    z = ((found.log_prob - mix.log_prob(x)) / found.standard_error).abs()
+    # 68.3 %, give or take 3 binomial deviations. Signs give the square of the error a heavier tail
+    # than a normal law's, so that fewer than 95 % lie within two.
+    expected = math.erf(math.sqrt(0.5))
+    bound = 3 * math.sqrt(expected * (1 - expected) / rows)
+    assert abs(float((z < 1).double().mean()) - expected) < bound
+    assert float((z < 2).double().mean()) > 0.89
+
+
+def test_probes_are_for_dimensions_where_they_save_something() -> None:
+    sde, most = VP(), 0
+    for size in (4, 6, 9, 10):
+        mix = random_mixture(size, 3, spread=1.0)
+        x, model = mix.sample(128), mix.score_model(sde)
+        found = log_likelihood(model, sde, x)
+        if bool((found.standard_error == 0).all()):
+            most, truth = size, mix.log_prob(x)
+            probed = log_likelihood(model, sde, x, trace="hutchinson")
+            assert rms(found.log_prob - truth) < rms(probed.log_prob - truth) / 4
+            assert float(found.cost.mean()) < 220
+    assert most == 9  # 20 nodes at the default cost
+
+
 def test_more_cost_buys_accuracy() -> None:
     mix, x, found = default("digits 64-D")
     more = log_likelihood(mix.score_model(VP()), VP(), x, cost=460)
@@ -173,9 +201,13 @@ def test_gaussian_data_of_any_shape_and_dtype_on_any_process(
     torch.testing.assert_close(
         found.latent.double(), expected, rtol=0.02, atol=0.02 * float(sde.sigma(sde.T))
     )
-    prior = sde.prior(x.shape, dtype=torch.float64).log_prob(found.latent.double())
     assert found.log_det is not None
-    torch.testing.assert_close(found.log_det.double() + prior, found.log_prob.double())
+    torch.testing.assert_close(
+        found.log_det.double(),
+        (radius / variance.sqrt()).log().sum().expand(3),
+        rtol=0.01,
+        atol=0.05 + 0.01 * size,
+    )
 
 
 class _Perturbed(Model):
@@ -271,6 +303,19 @@ def test_the_trace_beyond_a_late_end_is_counted() -> None:
     assert error < float(found.budget.prior.min()) / 2  # the end of the path has errors too
 
 
+@pytest.mark.parametrize(
+    ("sde", "t_end"), [(VP(), 0.5), (EDM(), 2.0), (RectifiedFlow(), 0.7)], ids=str
+)
+def test_the_determinant_is_that_of_the_map_to_any_time(sde: GaussianSDE, t_end: float) -> None:
+    mix = random_mixture(3, 3, spread=1.0)
+    x, model = mix.sample(64) + 0.5, mix.score_model(sde)
+    found = log_likelihood(model, sde, x, t_end=t_end, trace="exact", nfe=96)
+    assert found.log_det is not None
+    # What a determinant is: p_0(x) / p_t(latent), both in closed form.
+    ratio = mix.log_prob(x) - mix.marginal(sde, t_end).log_prob(found.latent)
+    assert rms(found.log_det - ratio) < 0.01
+
+
 # Rows
 
 
@@ -313,8 +358,8 @@ def test_samples_come_with_their_log_density(sde: GaussianSDE) -> None:
     assert float((drawn.log_prob - truth).abs().median()) < 2e-3
     assert rms(drawn.log_prob - truth) < 0.05
     assert drawn.log_det is not None
-    prior = sde.prior((256, 2), dtype=torch.float64).log_prob(drawn.latent)
-    torch.testing.assert_close(drawn.log_det + prior, drawn.log_prob)
+    at_noise = mix.marginal(sde, sde.T).log_prob(drawn.latent)
+    assert rms(drawn.log_det - (truth - at_noise)) < 0.05
     again = log_likelihood(mix.score_model(sde), sde, drawn.x)
     assert float((again.latent - drawn.latent).abs().median()) < 2e-3 * sde.prior_std
     parts = sample_with_log_prob(mix.score_model(sde), sde, (256, 2), chunk=100, **options)

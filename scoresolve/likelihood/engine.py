@@ -22,7 +22,7 @@ from scoresolve.divergence import Differentiator
 from scoresolve.driving import Engine, Part
 from scoresolve.errors import ArgumentError, row_status
 from scoresolve.likelihood.nodes import Nodes, allocate, place_nodes
-from scoresolve.likelihood.path import Field, Walk, walk
+from scoresolve.likelihood.path import Field, Walk, block_count, walk
 from scoresolve.models import Model, scale_of_data
 from scoresolve.noise import NoiseSource, Philox, Purpose
 from scoresolve.sde import GaussianSDE
@@ -30,7 +30,7 @@ from scoresolve.tuning import measure_scale
 
 __all__ = ["COLUMNS", "Budget", "PathEngine", "Pilot", "data_std", "fly_pilot"]
 
-COLUMNS: Final = ("log_prob", "probes", "path", "quadrature", "data_end", "prior")
+COLUMNS: Final = ("log_prob", "log_det", "probes", "path", "quadrature", "data_end", "prior")
 
 PILOT_ROWS: Final = 8
 PILOT_NODES: Final = 20
@@ -129,7 +129,7 @@ def fly_pilot(
         return None
     nodes = place_nodes(sde, c, PILOT_NODES, *ends, single=like.dtype != torch.float64)
     z = Philox(0).normal(like.new_empty(PILOT_ROWS, *like.shape[1:]), 0, Purpose.START)
-    signs = torch.stack([Philox(0).signs(z, draw, Purpose.PROBE) for draw in (0, 1)])
+    signs = torch.stack([Philox(0).signs(z, draw, Purpose.PROBE) for draw in (0, 1)])[None]
     rows = torch.arange(PILOT_ROWS, device=like.device)
     field = Field(model, sde, cond, PILOT_ROWS, differentiator, like.device)
     variances = np.zeros(len(nodes))
@@ -168,8 +168,6 @@ class PathEngine(Engine):
         to_noise: bool,
     ) -> None:
         self.field, self.sde, self.c, self.ends, self.single = field, field.sde, c, ends, single
-        end = self.sde.sigma(ends[1]) / self.sde.sigma(self.sde.T)
-        self.prior_std = self.sde.prior_std * float(end)
         self.budget, self.pilot, self.to_noise = budget, pilot, to_noise
         count = budget.nodes or max(LEAST_NODES, round(0.4 * budget.cost**0.8))
         self.products = budget.products
@@ -201,10 +199,11 @@ class PathEngine(Engine):
     ) -> Part:
         field, rows = self.field, cond["rows"]
         first, calls, before = int(rows[0]), field.calls, field.forwards[rows]
-        signs = None
+        signs, size = None, math.prod(x.shape[1:])
         if self.products is not None:
-            signs = torch.stack([source.signs(x, draw, Purpose.PROBE) for draw in (0, 1)])
-        size = math.prod(x.shape[1:])
+            blocks = block_count(size, self.products // 2)
+            draws = [source.signs(x, draw, Purpose.PROBE) for draw in range(2 * blocks)]
+            signs = torch.stack(draws).reshape(blocks, 2, *x.shape)
         work = torch.promote_types(x.dtype, torch.float32)
         states = size if self.to_noise else 2 * size
         result = x.new_zeros(len(x), states + len(COLUMNS), dtype=work)
@@ -220,7 +219,7 @@ class PathEngine(Engine):
                 nodes,
                 x[here],
                 todo,
-                None if signs is None else signs[:, here],
+                None if signs is None else signs[:, :, here],
                 counts,
                 to_noise=self.to_noise,
                 tolerance=math.inf if final else self.move,
@@ -244,9 +243,11 @@ class PathEngine(Engine):
             - found.integral
         )
         alpha, sigma = (float(f(self.ends[1])) for f in (self.sde.alpha, self.sde.sigma))
-        latent = math.hypot(sigma, self.c * alpha) * found.last
+        radius = math.hypot(sigma, self.c * alpha)
+        latent = radius * found.last
         columns = [
             log_prob,
+            size * math.log(radius / self.c) - (found.integral - found.beyond),
             found.error,
             found.path,
             (found.integral - found.coarse).abs(),

@@ -50,8 +50,8 @@ class Likelihood:
         products: products of each sample with its Jacobian, [B] int64.
         bin_width: width of the bins of dequantised data; None for plain data.
         x: the samples themselves, [B, *event]: given, dequantised or drawn.
-        log_det: log |det dlatent/dx|, [B]: `log_prob` less the log-density of the prior at
-            `latent`.
+        log_det: log |det dlatent/dx|, [B]: `log_prob` less the log-density of the model's own
+            law at `latent`, which the prior is at T, but for what is left of the data there.
         budget: errors by their source; None with a solver that was chosen by hand.
         shared: evaluations and products, once a call, that told scale and allocation.
     """
