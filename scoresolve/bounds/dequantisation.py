@@ -9,6 +9,7 @@ a bound that rises with K towards log P(x); K = 1 is plain dequantisation.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from scoresolve.errors import ShapeError, real_number, whole_number
-from scoresolve.noise import NoiseSource, Purpose, as_noise
+from scoresolve.noise import NoiseSource, Purpose, Times, as_noise
 from scoresolve.plans import check_state
 
 __all__ = ["Dequantised", "bits_per_dim", "dequantised_log_prob", "log_mean_exp", "standard_error"]
@@ -30,8 +31,8 @@ class Dequantised:
 
     Attributes:
         log_prob: a lower bound on the log-mass of each sample, in expectation, in nats, [B].
-        standard_error: its standard deviation over the choice of points, to first order, [B];
-            NaN for a single point.
+        standard_error: its standard deviation over the choice of points and the noise of the
+            densities, to first order, [B]; NaN for a single point.
         log_densities: log p(x + w u_k), [K, B].
         dimension: D, the number of event elements.
     """
@@ -61,12 +62,15 @@ def dequantised_log_prob(
 
         log P(x) >= E log (1/K sum_k p(x + w u_k)) + D log w,   u_k uniform on the unit cube
 
-    Where the density itself is an estimate, as with random probes, its spread counts as that of
-    the points, and biases the mean of its exponentials upwards.
+    Where the density itself is an estimate, as with random probes, its error biases the mean of
+    its exponentials upwards. A `log_density` that takes `noise=` gets other noise at every point,
+    so that the spread holds this error too, and their mean less of it. Otherwise all points may
+    share their noise, and a `.standard_error` that comes with the densities is added in full.
 
     Args:
         log_density: callable from points [B, *event] to log-densities [B] or to an object that
-            holds them as its `.log_prob`, as `lambda x: ss.log_likelihood(score, sde, x)`.
+            holds them as its `.log_prob`, as
+            `lambda x, noise: ss.log_likelihood(score, sde, x, noise=noise)`.
         x: lower edges of the bins, [B, *event], floating point.
         width: width w > 0 of a bin.
         draws: number K >= 1 of points, one call of `log_density` each.
@@ -88,9 +92,11 @@ def dequantised_log_prob(
     check_state(x)
     width, draws = real_number("width", width, above=0), whole_number("draws", draws)
     source, dimension = as_noise(noise, seed), math.prod(x.shape[1:])
-    found = []
+    takes_noise, found, errors = _takes_noise(log_density), [], []
     for draw in range(draws):
-        value: Any = log_density(x + width * source.uniform(x, draw, Purpose.DEQUANTISE), **cond)
+        points = x + width * source.uniform(x, draw, Purpose.DEQUANTISE)
+        own = {"noise": _Apart(source, draw)} if takes_noise else {}
+        value: Any = log_density(points, **own, **cond)
         density = value if isinstance(value, Tensor) else getattr(value, "log_prob", None)
         if not isinstance(density, Tensor) or density.shape != x.shape[:1]:
             shape = tuple(density.shape) if isinstance(density, Tensor) else None
@@ -99,8 +105,12 @@ def dequantised_log_prob(
                 f"{tuple(x.shape)}: return one log-density per sample, [B]"
             )
         found.append(density)
+        errors.append(getattr(value, "standard_error", torch.zeros_like(density)))
     values = torch.stack(found)
     bound, error = log_mean_exp(values)
+    if not takes_noise:
+        shared = (values.softmax(0) * torch.stack(errors)).sum(0)
+        error = torch.hypot(error, shared)
     return Dequantised(bound + dimension * math.log(width), error, values, dimension)
 
 
@@ -134,3 +144,31 @@ def standard_error(values: Tensor) -> Tensor:
     if len(values) == 1:
         return torch.full_like(values[0], torch.nan)
     return values.std(0) / math.sqrt(len(values))
+
+
+class _Apart(NoiseSource):
+    """The noise of one point: draws that no other point has."""
+
+    def __init__(self, source: NoiseSource, point: int) -> None:
+        self.source, self.point = source, point
+
+    def normal(
+        self, like: Tensor, draw: int, purpose: Purpose = Purpose.SOLVER, times: Times | None = None
+    ) -> Tensor:
+        return self.source.normal(like, (self.point << 16) + draw, purpose, times)
+
+    def uniform(self, like: Tensor, draw: int, purpose: Purpose = Purpose.SOLVER) -> Tensor:
+        return self.source.uniform(like, (self.point << 16) + draw, purpose)
+
+    def signs(self, like: Tensor, draw: int, purpose: Purpose = Purpose.PROBE) -> Tensor:
+        return self.source.signs(like, (self.point << 16) + draw, purpose)
+
+    def rows(self, index: slice | Tensor) -> NoiseSource:
+        return _Apart(self.source.rows(index), self.point)
+
+
+def _takes_noise(log_density: Callable[..., Any]) -> bool:
+    try:
+        return "noise" in inspect.signature(log_density).parameters
+    except ValueError:  # a callable of C has no signature
+        return False
