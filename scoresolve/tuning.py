@@ -23,6 +23,7 @@ from scoresolve.errors import ArgumentError, ModelWarning, ScoresolveError, whol
 from scoresolve.models import Model, as_model, scale_of_data
 from scoresolve.noise import Philox, Purpose
 from scoresolve.sde import GaussianSDE
+from scoresolve.solvers.adaptive.drift import rounded_inside
 
 __all__ = ["LEAST_BUDGET", "measure_scale", "scale_within"]
 
@@ -77,9 +78,11 @@ def measure_scale(
     times = sde.time_from_log_snr(-2 * torch.tensor(LEVELS, dtype=torch.float64).log())
     levels = (-sde.log_snr(times) / 2).exp().tolist()  # lower if the process ends below
     states = [float(sde.sigma(t)) * sign * z for t in times for sign in (1, -1)]
+    precision = torch.promote_types(z.dtype, torch.float32)
+    asked = times.to(z.device, precision).clamp(*rounded_inside(sde.t_min, sde.T, precision))
     with torch.no_grad():
         x0 = as_model(score, sde).predict(
-            "x0", torch.cat(states), times.to(z).repeat_interleave(2 * wanted), **cond
+            "x0", torch.cat(states), asked.repeat_interleave(2 * wanted), **cond
         )
     opposite = x0.reshape(len(levels), 2, *z.shape)
     found = (z * (opposite[:, 0] - opposite[:, 1])).double().flatten(1).mean(1).tolist()

@@ -326,6 +326,21 @@ def test_calls_stay_inside_and_are_counted(solver: str, dtype: torch.dtype) -> N
     assert found.nfe >= int(found.forwards.max())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("sde", [VP(), EDM(sigma_max=79.9), EDM(sigma_max=49.9)], ids=str)
+def test_rounded_times_stay_inside_the_process(sde: GaussianSDE, dtype: torch.dtype) -> None:
+    low, times = min(sde.t_min, 1e-5) if isinstance(sde, VP) else sde.t_min, []
+
+    def score(x: Tensor, t: Tensor) -> Tensor:
+        times.append(t.double())
+        return -x / (sde.alpha(t) ** 2 + sde.sigma(t) ** 2).to(x)[:, None]
+
+    log_likelihood(score, sde, torch.ones(2, 3, dtype=dtype))
+    asked = torch.cat(times)
+    # All ends but those of float64 have to be rounded.
+    assert low <= float(asked.min()) < low * 1.001 and sde.T * 0.9999 < float(asked.max()) <= sde.T
+
+
 @pytest.mark.parametrize("solver", ["auto", "dopri5", "ab3_flow"])
 @pytest.mark.parametrize("trace", ["exact", "hutchinson"])
 def test_a_failed_row_leaves_its_neighbours_untouched(solver: str, trace: str) -> None:

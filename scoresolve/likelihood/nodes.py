@@ -23,6 +23,7 @@ import torch
 from scipy.interpolate import CubicSpline
 
 from scoresolve.sde import GaussianSDE
+from scoresolve.solvers.adaptive.drift import rounded_inside
 
 __all__ = ["ORDER", "Nodes", "allocate", "lagrange_weights", "place_nodes"]
 
@@ -100,7 +101,8 @@ def place_nodes(
     place = np.sqrt(np.arctan(np.exp(fine))) + _LOG_SHARE * fine
     k = c * np.exp(np.interp(np.linspace(place[0], place[-1], count), place, fine))
     times = sde.time_from_log_snr(torch.from_numpy(-2 * np.log(k))).clamp(t_start, t_end)
-    times = times.float().double().clamp(t_start, t_end) if single else times
+    if single:
+        times = times.float().clamp(*rounded_inside(t_start, t_end, torch.float32)).double()
     alpha, sigma = sde.alpha(times).numpy(), sde.sigma(times).numpy()
     angle = np.arctan2(sigma, c * alpha)
     clock, rate = np.sqrt(angle), 2 * np.sqrt(angle) / (np.sin(angle) * np.cos(angle))

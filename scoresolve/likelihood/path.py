@@ -80,11 +80,11 @@ class Field:
             y: the state, [b, *event].
             rows: places in the batch, [b].
             probes: [K, b, *event] for terms [K, b, D]; None for the exact sum, [1, b, 1].
-            dtype: of the network's input.
+            dtype: of the network's input; its time has that of `y`.
         """
         radius, alpha = float(nodes.radius[n]), float(nodes.alpha[n])
         x = (radius * y).to(dtype)
-        t = torch.full((len(x),), float(nodes.times[n]), dtype=dtype, device=x.device)
+        t = torch.full((len(x),), float(nodes.times[n]), dtype=y.dtype, device=x.device)
         held = split_cond(self.cond, rows, self.batch)
         u, w = conversion(self.prediction, "x0", self.sde.point(as_time(float(nodes.times[n]))))
         shift = alpha * float(u) - (nodes.c * alpha / radius) ** 2

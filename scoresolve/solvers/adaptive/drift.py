@@ -14,7 +14,7 @@ from scoresolve.plans import check_state
 from scoresolve.sde.base import TimeLike
 from scoresolve.solvers.integrator import Solution
 
-__all__ = ["BoundedDrift", "CallLimit", "unmoved"]
+__all__ = ["BoundedDrift", "CallLimit", "rounded_inside", "unmoved"]
 
 
 class CallLimit(Exception):
@@ -55,11 +55,9 @@ class BoundedDrift:
         self.evaluations = torch.zeros(x.shape[0], dtype=torch.int64)
         self.dtype, self.device = x.dtype, x.device
         self.state_dtype = torch.promote_types(x.dtype, torch.float32)
-        ends = torch.tensor([t_start, t_end], dtype=torch.float64).sort().values
-        inside = ends.to(self.state_dtype)
-        toward = inside.flip(0)
-        outside = torch.stack((inside[0] < ends[0], inside[1] > ends[1]))
-        self.low, self.high = torch.where(outside, inside.nextafter(toward), inside).tolist()
+        self.low, self.high = rounded_inside(
+            min(t_start, t_end), max(t_start, t_end), self.state_dtype
+        )
 
     def times(self, t: TimeLike) -> Tensor:
         """`t` as the drift gets it: its dtype and device, and inside the interval when rounded."""
@@ -81,6 +79,15 @@ class BoundedDrift:
         value = self.drift(x, t.expand(x.shape[0]), rows.to(x.device), *options)
         check_output(value, x)
         return value.to(self.state_dtype)
+
+
+def rounded_inside(low: float, high: float, dtype: torch.dtype) -> tuple[float, float]:
+    """The least and the greatest number of `dtype` in an interval."""
+    ends = torch.tensor([low, high], dtype=torch.float64)
+    inside = ends.to(dtype)
+    outside = torch.stack((inside[0] < ends[0], inside[1] > ends[1]))
+    first, last = torch.where(outside, inside.nextafter(inside.flip(0)), inside).tolist()
+    return first, last
 
 
 def unmoved(x: Tensor, t: float, saved: int = 0, dense: bool = False) -> Solution:
