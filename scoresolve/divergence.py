@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Final
 
 import torch
@@ -21,10 +22,18 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from scoresolve.errors import ShapeError, UnknownNameError
-from scoresolve.models import check_output
+from scoresolve.models import Model, check_output, conversion
 from scoresolve.plans import check_state
+from scoresolve.sde import SDE, GaussianSDE, TimeLike, as_time
 
-__all__ = ["MODES", "Differentiator", "exact_divergence", "hutchinson", "walsh_signs"]
+__all__ = [
+    "MODES",
+    "Differentiator",
+    "exact_divergence",
+    "hutchinson",
+    "velocity_parts",
+    "walsh_signs",
+]
 
 Field = Callable[[Tensor], Tensor]
 
@@ -55,7 +64,8 @@ class Differentiator:
     def __init__(self, mode: str = "auto") -> None:
         if mode not in MODES:
             raise UnknownNameError("mode", mode, MODES)
-        self.mode, self.batched, self.blind = mode, True, False
+        self.mode, self.batched = mode, True
+        self.blind = self._seen = False
 
     def __call__(self, fn: Field, x: Tensor) -> tuple[Tensor, Field]:
         """The field's value at `x`, and the map from vectors [n, *x.shape] to their products."""
@@ -85,6 +95,8 @@ class Differentiator:
                 allow_unused=True,
                 is_grads_batched=batched,
             )
+            self._seen |= product is not None
+            self.blind = not self._seen  # parameters alone give an output a gradient
             return torch.zeros_like(vector) if product is None else product
 
         if self.batched and len(vectors) > 1:
@@ -177,6 +189,27 @@ def hutchinson(
     value, products = (differentiator or Differentiator())(fn, x)
     terms = [products(probes[part]) * probes[part] for part in _groups(len(probes), x)]
     return value, torch.cat(terms).reshape(len(probes), len(x), -1)
+
+
+def velocity_parts(
+    model: Model, sde: SDE, x: Tensor, t: TimeLike
+) -> tuple[Tensor, Tensor, Callable[..., Tensor]]:
+    """u, w [B] and the network m of the velocity v = u x + w m(x, t), where only m is unknown.
+
+    Where the drift of the process may be anything, m is the velocity itself.
+
+    Args:
+        model: a model of `sde`.
+        sde: the process.
+        x: [B, *event].
+        t: [] or [B].
+    """
+    if not isinstance(sde, GaussianSDE):
+        return x.new_zeros(len(x)), x.new_ones(len(x)), partial(model.predict, "flow")
+    prediction, network = model.bind("flow")
+    parts = conversion(prediction, "flow", sde.point(as_time(t, x)))
+    u, w = (torch.as_tensor(c).expand(len(x)).to(x) for c in parts)
+    return u, w, network
 
 
 def walsh_signs(row: int, size: int, like: Tensor) -> Tensor:

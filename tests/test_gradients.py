@@ -446,6 +446,12 @@ def test_bad_input_is_refused():
                 ss.from_flow(lambda x, t: torch.ones_like(x), VP), VP, x
             ),
         ),
+        (
+            ArgumentError,  # its parameters give the output a gradient, x does not
+            lambda: differentiable_log_likelihood(
+                ss.from_eps(lambda y, t: Network()(y.detach(), t), VP), VP, x
+            ),
+        ),
     ):
         with pytest.raises(error):
             call()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -407,13 +408,19 @@ def test_conditions_follow_their_samples(solver: str) -> None:
     torch.testing.assert_close(found.latent, latent + sde.alpha(1.0) * shift, rtol=0, atol=2e-3)
 
 
-def test_a_detached_network_is_noticed() -> None:
+@pytest.mark.parametrize("mode", ["auto", "reverse", "forward"])
+@pytest.mark.parametrize("parameters", [False, True])
+@pytest.mark.parametrize("solver", ["auto", "euler_flow"])
+def test_a_detached_network_is_noticed(solver: str, parameters: bool, mode: str) -> None:
     mix, sde = random_mixture(2, 2), VP()
     model = mix.score_model(sde)
+    gain = torch.ones(2, dtype=torch.float64, requires_grad=parameters)
+    options: dict[str, Any] = {"solver": solver, "mode": mode}
     with pytest.warns(ModelWarning, match="no gradient"):
-        log_likelihood(
-            lambda x, t: model(x, t).detach(), sde, mix.sample(2), solver="euler_flow", steps=2
-        )
+        log_likelihood(lambda x, t: gain * model(x.detach(), t), sde, mix.sample(2), **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ModelWarning)
+        log_likelihood(lambda x, t: gain * model(x, t), sde, mix.sample(2), **options)
 
 
 class _Net(nn.Module):

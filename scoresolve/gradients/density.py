@@ -15,14 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scoresolve.divergence import velocity_parts
 from scoresolve.driving import warn_of_dropout
 from scoresolve.errors import ArgumentError, GridError, whole_number
 from scoresolve.gradients.path import Path
 from scoresolve.grid import Grid, as_grid, make_grid
-from scoresolve.models import Model, as_model
+from scoresolve.models import Model, as_model, check_output
 from scoresolve.noise import NoiseSource, Philox, Purpose
 from scoresolve.plans import check_state
-from scoresolve.sde import EDM, VE, GaussianSDE, TimeLike
+from scoresolve.sde import EDM, SDE, VE, GaussianSDE, TimeLike, expand
 from scoresolve.solvers import Solver, get_solver
 
 __all__ = ["differentiable_log_likelihood"]
@@ -69,7 +70,8 @@ def differentiable_log_likelihood(
         log p(x), [B] in the dtype of `x`, attached to `x` and to the leaves that the model uses.
 
     Raises:
-        ArgumentError: the process is not Gaussian, or a number is out of range.
+        ArgumentError: the process is not Gaussian, the model's output has no gradient with
+            respect to x, or a number is out of range.
         ShapeError, GridError, UnknownNameError: as for `differentiable_sample`.
 
     Source:
@@ -89,7 +91,7 @@ def differentiable_log_likelihood(
         raise GridError("the times fall: a likelihood follows data to noise, give increasing times")
     count = None if probes is None else whole_number("probes", probes)
     warn_of_dropout(score)
-    flow = _DensityFlow(as_model(score, sde), x, count, Philox(seed), cond)
+    flow = _DensityFlow(as_model(score, sde), sde, x, count, Philox(seed), cond)
     solver = get_solver("rk4_flow")
     assert isinstance(solver, Solver)
     start = torch.cat([x.reshape(len(x), -1), x.new_zeros(len(x), 1)], 1)
@@ -106,9 +108,15 @@ class _DensityFlow(Model):
     sde = None
 
     def __init__(
-        self, model: Model, x: Tensor, probes: int | None, noise: NoiseSource, cond: dict[str, Any]
+        self,
+        model: Model,
+        sde: SDE,
+        x: Tensor,
+        probes: int | None,
+        noise: NoiseSource,
+        cond: dict[str, Any],
     ) -> None:
-        self.model, self.event, self.cond = model, x.shape[1:], cond
+        self.model, self.process, self.event, self.cond = model, sde, x.shape[1:], cond
         if probes is None:
             size = math.prod(self.event)
             basis = torch.eye(size, dtype=x.dtype, device=x.device).reshape(size, 1, *self.event)
@@ -122,19 +130,24 @@ class _DensityFlow(Model):
         with torch.enable_grad():
             state = x[:, :-1].reshape(-1, *self.event)
             state = state if state.requires_grad else state.detach().requires_grad_()
-            v = self.model.predict("flow", state, t, **self.cond)
-            if not v.requires_grad:
-                raise ArgumentError(
-                    "the model's output has no gradient with respect to x: if the network "
-                    "detaches or runs under torch.no_grad, undo that"
-                )
-            products = [
-                torch.autograd.grad(
-                    v, state, z, create_graph=keep, retain_graph=True, materialize_grads=True
-                )[0]
-                for z in self.probes
-            ]
+            u, w, network = velocity_parts(self.model, self.process, state, t)
+            m = network(state, t, **self.cond)
+            check_output(m, state)
+            products = [self._product(m, state, z, keep) for z in self.probes]
             trace = (torch.stack(products) * self.probes).reshape(*self.probes.shape[:2], -1)
-            trace = trace.sum((0, 2)) * self.weight
-            joint = torch.cat([v.reshape(len(x), -1), trace[:, None].to(v.dtype)], 1)
+            divergence = math.prod(self.event) * u + w * trace.sum((0, 2)) * self.weight
+            v = expand(u, state, u) * state + expand(w, state, w) * m
+            joint = torch.cat([v.reshape(len(x), -1), divergence[:, None].to(v.dtype)], 1)
         return joint if keep else joint.detach()
+
+    def _product(self, m: Tensor, state: Tensor, z: Tensor, keep: bool) -> Tensor:
+        options: dict[str, Any] = {"create_graph": keep, "retain_graph": True}
+        found = None
+        if m.requires_grad:
+            (found,) = torch.autograd.grad(m, state, z, allow_unused=True, **options)
+        if found is None:
+            raise ArgumentError(
+                "the model's output has no gradient with respect to x: if the network "
+                "detaches or runs under torch.no_grad, undo that"
+            )
+        return found

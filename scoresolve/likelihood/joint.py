@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,16 +17,22 @@ from torch import Tensor
 from torch.distributions import Distribution
 from tqdm import tqdm
 
-from scoresolve.divergence import Differentiator, exact_divergence, hutchinson, walsh_signs
+from scoresolve.divergence import (
+    Differentiator,
+    exact_divergence,
+    hutchinson,
+    velocity_parts,
+    walsh_signs,
+)
 from scoresolve.driving import Engine, IntegratorEngine, Part, PlanEngine, Samples, split_cond
 from scoresolve.errors import ArgumentError, GridError, ShapeError
 from scoresolve.grid import Grid, as_grid
 from scoresolve.likelihood.result import Likelihood
-from scoresolve.models import Model, check_output, conversion
+from scoresolve.models import Model, check_output
 from scoresolve.noise import NoiseSource, Purpose
 from scoresolve.plans import Call, Combine, Mark, Plan
 from scoresolve.sampling import Times, grid_for, plan, refuse
-from scoresolve.sde import EDM, SDE, VE, GaussianSDE, TimeLike, as_time, expand
+from scoresolve.sde import EDM, SDE, VE, GaussianSDE, TimeLike, expand
 from scoresolve.solvers import REGISTRY, Integrator, Solver
 
 __all__ = ["DEFAULT_NFE", "JointEngine", "JointFlow", "Prior", "joint_engine", "joint_result"]
@@ -87,16 +92,7 @@ class JointFlow(Model):
         held = split_cond(self.cond, rows, self.batch)
         self.forwards[rows] += 1
 
-        if isinstance(self.process, GaussianSDE):
-            prediction, network = self.model.bind("flow")
-            time = as_time(t, state)
-            u, w = (
-                torch.as_tensor(c).expand(len(x)).to(state)
-                for c in conversion(prediction, "flow", self.process.point(time))
-            )
-        else:  # the drift may be anything, so it is differentiated with the network
-            network = partial(self.model.predict, "flow")
-            u, w = state.new_zeros(len(x)), state.new_ones(len(x))
+        u, w, network = velocity_parts(self.model, self.process, state, t)
 
         def field(y: Tensor) -> Tensor:
             m: Tensor = network(y, t, **held)
