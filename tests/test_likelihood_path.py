@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from scoresolve.digits import load_digits, load_network, to_unit
-from scoresolve.errors import ArgumentError, ShapeError, Status
+from scoresolve.errors import ArgumentError, ModelWarning, ShapeError, Status
 from scoresolve.likelihood import Likelihood, log_likelihood, sample_with_log_prob
 from scoresolve.likelihood.nodes import allocate, lagrange_weights, place_nodes
 from scoresolve.metrics import class_mixture
@@ -343,6 +344,24 @@ def test_no_row_depends_on_the_batch_even_if_taken_up_again(trace: str) -> None:
         for name in ("log_prob", "standard_error", "latent", "forwards", "products"):
             expected = getattr(whole, name)[rows]
             torch.testing.assert_close(getattr(other, name), expected, rtol=1e-8, atol=1e-8)
+
+
+def test_a_scale_that_conditions_hide_is_asked_for() -> None:
+    sde, mix = VP(), gaussian(torch.zeros(16, dtype=torch.float64), 25.0)
+    x, model, label = mix.sample(32), mix.score_model(VP()), torch.zeros(32)
+
+    def score(y: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        return model(y, t)
+
+    with pytest.warns(ModelWarning, match="set data_scale"):
+        assumed = log_likelihood(score, sde, x, label=label)
+    error = (assumed.log_prob - mix.log_prob(x)).abs()
+    assert rms(error) > 0.1 and bool((error < 2 * assumed.standard_error).all())
+    score.data_scale = scale_of_data(5.0, 16)  # type: ignore[attr-defined]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ModelWarning)
+        found = log_likelihood(score, sde, x, label=label)
+    assert rms(found.log_prob - mix.log_prob(x)) < 1e-3
 
 
 # Samples with their density

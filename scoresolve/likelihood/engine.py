@@ -10,6 +10,7 @@ of the batch: a sample never depends on its neighbours.
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from scoresolve.divergence import Differentiator
 from scoresolve.driving import Engine, Part
-from scoresolve.errors import ArgumentError, row_status
+from scoresolve.errors import ArgumentError, ModelWarning, row_status
 from scoresolve.likelihood.nodes import Nodes, allocate, place_nodes
 from scoresolve.likelihood.path import Field, Walk, block_count, walk
 from scoresolve.models import Model, scale_of_data
@@ -28,10 +29,11 @@ from scoresolve.noise import NoiseSource, Philox, Purpose
 from scoresolve.sde import GaussianSDE
 from scoresolve.tuning import measure_scale
 
-__all__ = ["COLUMNS", "Budget", "PathEngine", "Pilot", "data_std", "fly_pilot"]
+__all__ = ["COLUMNS", "Budget", "PathEngine", "Pilot", "data_std", "fly_pilot", "scale_hidden"]
 
 COLUMNS: Final = ("log_prob", "log_det", "probes", "path", "quadrature", "data_end", "prior")
 
+UNKNOWN_STD: Final = 0.5  # per coordinate, of data whose scale nobody knows
 PILOT_ROWS: Final = 8
 PILOT_NODES: Final = 20
 
@@ -83,7 +85,8 @@ def data_std(
 ) -> tuple[float, int]:
     """About the standard deviation of the data per coordinate, and the evaluations it cost.
 
-    From the model's own `data_scale`, or else measured; 0.5 if conditions differ among samples.
+    From the model's own `data_scale`, or else measured; 0.5, with a warning, if conditions differ
+    among samples, as what one row's condition says must not reach the others.
     """
     size = math.prod(like.shape[1:])
     scale, spent = model.data_scale, 0
@@ -102,7 +105,15 @@ def data_std(
         except ArgumentError:
             scale = None
         spent = 6 * pairs
-    return (0.5 if scale is None else scale / scale_of_data(1.0, size)), spent
+    if scale_hidden(model, cond):
+        warnings.warn(
+            f"conditions differ from sample to sample and the model has no data_scale, so data of "
+            f"standard deviation {UNKNOWN_STD:g} are assumed, and nodes may lie badly: set "
+            "data_scale, as measure_scale gives it for one condition",
+            ModelWarning,
+            stacklevel=4,
+        )
+    return (UNKNOWN_STD if scale is None else scale / scale_of_data(1.0, size)), spent
 
 
 def fly_pilot(
@@ -259,6 +270,11 @@ class PathEngine(Engine):
         result[here] = torch.cat(
             [part.reshape(len(here), math.prod(part.shape[1:])) for part in parts], 1
         )
+
+
+def scale_hidden(model: Model, cond: dict[str, Any]) -> bool:
+    """Whether conditions that differ among samples hide the scale of the data."""
+    return model.data_scale is None and _own(cond)
 
 
 def _own(cond: dict[str, Any]) -> bool:

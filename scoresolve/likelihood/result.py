@@ -41,7 +41,8 @@ class Likelihood:
     Attributes:
         log_prob: log-density of each sample in nats, [B], at least float32.
         standard_error: that of `log_prob` by the random probes, [B]: 0 with the exact trace,
-            NaN with a single fixed probe, which cannot tell its error.
+            NaN with a single fixed probe, which cannot tell its error. Where conditions hide the
+            scale of the data, with `budget.path` added in square.
         latent: where the flow takes the samples, [B, *event].
         status: one `Status` per sample, [B] int64.
         nfe: network evaluations of a sample, the most of any, and the calls that all share.

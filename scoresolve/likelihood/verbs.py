@@ -26,7 +26,14 @@ from scoresolve.errors import (
     whole_number,
 )
 from scoresolve.grid import Grid
-from scoresolve.likelihood.engine import COLUMNS, Budget, PathEngine, data_std, fly_pilot
+from scoresolve.likelihood.engine import (
+    COLUMNS,
+    Budget,
+    PathEngine,
+    data_std,
+    fly_pilot,
+    scale_hidden,
+)
 from scoresolve.likelihood.joint import (
     JointEngine,
     JointFlow,
@@ -120,7 +127,7 @@ def log_likelihood(
             (and takes two at least); else 8.
         mode: how to differentiate the network, one of `divergence.MODES`.
         prior: the law at `t_end`, a distribution or a log-density over [B, *event], instead of the
-            process's own; "auto" is then "dopri5".
+            process's own; "auto" is then "dopri5", whose result has no `budget`.
         seed: seed of the counter-based noise; sample i gets the same whatever the batch or chunk.
         noise: a noise source, a `torch.Generator`, or a callable, instead of `seed`.
         chunk: samples to work on at a time; all if omitted.
@@ -192,7 +199,7 @@ def log_likelihood(
                 model, sde, data, ends, budget, differentiator, True, cond
             )
             run = drive(engine, model, Given(data), source, chunk, progress, False, rows)
-            result = _path_result(run, engine, data, shared, True)
+            result = _path_result(run, engine, model, data, shared, True)
         else:
             exact = trace == "exact" or (trace == "auto" and size <= EXACT_UP_TO)
             count = 0 if exact else probes or DEFAULT_PROBES
@@ -230,7 +237,8 @@ def sample_with_log_prob(
     Args:
         score, cost, nfe, trace, probes, mode, seed, noise, chunk, progress, raise_on_failure,
             cond: as in `log_likelihood`.
-        sde: the process.
+        sde: the process, a Gaussian one: for others draw with `sample` from the law at their end,
+            and call `log_likelihood` on the samples with that law as `prior`.
         shape: [B, *event].
         t_start, t_end: times of noise and data; T and the data's time of `log_likelihood` if
             omitted.
@@ -262,7 +270,7 @@ def sample_with_log_prob(
         rows = {"rows": torch.arange(len(z), device=z.device)}
         engine, shared = _path_engine(model, sde, z, ends, budget, differentiator, False, cond)
         run = drive(engine, model, Given(z), source, chunk, progress, False, rows)
-        result = _path_result(run, engine, z, shared, False)
+        result = _path_result(run, engine, model, z, shared, False)
     return _finish(result, differentiator, raise_on_failure)
 
 
@@ -317,7 +325,12 @@ def _path_engine(
 
 
 def _path_result(
-    run: Samples, engine: PathEngine, x: Tensor, shared: tuple[int, int], to_noise: bool
+    run: Samples,
+    engine: PathEngine,
+    model: Model,
+    x: Tensor,
+    shared: tuple[int, int],
+    to_noise: bool,
 ) -> Likelihood:
     """The result of `PathEngine` runs that began at `x`, data or standard normal noise.
 
@@ -330,9 +343,12 @@ def _path_result(
     latent, data = state[:, -size:].to(x.dtype).reshape(x.shape), x
     if not to_noise:
         data = state[:, :size].to(x.dtype).reshape(x.shape)
+    error = found["probes"]
+    if scale_hidden(model, engine.field.cond):
+        error = torch.hypot(error, found["path"])  # nodes that lie badly may outweigh probes
     return Likelihood(
         log_prob=found["log_prob"],
-        standard_error=found["probes"],
+        standard_error=error,
         latent=latent,
         status=run.status,
         nfe=run.nfe + shared[1],
