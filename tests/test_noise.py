@@ -9,11 +9,12 @@ from itertools import combinations, pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
+import scoresolve as ss
 from scoresolve.errors import ArgumentError, ShapeError
 from scoresolve.noise import (
     BrownianPath,
@@ -25,6 +26,8 @@ from scoresolve.noise import (
     as_noise,
     philox4x32,
 )
+from scoresolve.sde import EDM, VP, GaussianSDE, RectifiedFlow
+from scoresolve.solvers import REGISTRY, AdaptiveSDE, GottaGoFast, get_solver
 
 F64 = torch.float64
 KINDS = ("normal", "uniform", "signs")
@@ -470,6 +473,169 @@ def test_paths_of_samples_elements_and_intervals_are_independent() -> None:
     off = torch.corrcoef(z) - torch.eye(6, dtype=F64)
     assert off.abs().max() < 4.5 / math.sqrt(n)
     assert abs(np.corrcoef(z[0, 1:], z[0, :-1])[0, 1]) < 4.5 / math.sqrt(n)
+
+
+STOCHASTIC = [
+    name
+    for name in REGISTRY
+    if get_solver(name).stochastic and not isinstance(get_solver(name), AdaptiveSDE | GottaGoFast)
+]
+KINDS_OF_PATH = {
+    "plain": BrownianPath(Philox(0), 0.5, 3.0),
+    "coarse": BrownianPath(Philox(0), 0.0, 1.0, tolerance=0.1),
+    "geometric": BrownianPath(Philox(0), 1e-4, 3e5, geometric=True),
+    "steep": BrownianPath(Philox(0), 1e-9, 1.0, 1.0, geometric=True),
+}
+paths = pytest.mark.parametrize("path", KINDS_OF_PATH.values(), ids=KINDS_OF_PATH)
+
+
+def covariance(path: BrownianPath, t: Tensor, s: Tensor) -> Tensor:
+    """The exact covariance of the increments over (t, s) and their areas, [2n, 2n]."""
+    rows: list[dict[int, Tensor]] = []
+    for area in (False, True):
+        draws, weights = path._weights(t, s, area)
+        for i in range(len(t)):
+            found: dict[int, Tensor] = {}
+            for draw, weight in zip(draws[:, i].tolist(), weights[..., i].T, strict=True):
+                found[draw] = found.get(draw, 0) + weight
+            rows.append(found)
+    products = [[sum(float(a[k] @ b[k]) for k in a.keys() & b.keys()) for b in rows] for a in rows]
+    return torch.tensor(products, dtype=F64)
+
+
+def places(path: BrownianPath, shares: list[float]) -> Tensor:
+    return path._place(torch.tensor(shares, dtype=F64)).clamp(path.t0, path.t1)
+
+
+@paths
+@settings(max_examples=20)
+@given(shares=st.lists(st.floats(0.001, 1), min_size=2, max_size=6, unique=True))
+def test_law_of_the_path_and_its_integral_is_exact(path: BrownianPath, shares: list[float]) -> None:
+    s = places(path, shares)
+    t = torch.full_like(s, path.t0)
+    h = s - t
+    found = covariance(path, t, s)
+    ww, wh, hh = found[: len(s), : len(s)], found[: len(s), len(s) :], found[len(s) :, len(s) :]
+    # I = int W = h (H + W/2)
+    wi = h * (wh + ww / 2)
+    ii = h[:, None] * h * (hh + wh / 2 + wh.T / 2 + ww / 4)
+    low, high = torch.minimum(h[:, None], h), torch.maximum(h[:, None], h)
+    cross = torch.where(h[:, None] < h, h[:, None] * h - h[:, None] ** 2 / 2, h**2 / 2)
+    # the same last interval holds both: the law is exact at each time alone
+    level = (torch.tensor(shares, dtype=F64) * 2**path.levels).floor()
+    apart = (level[:, None] != level) | torch.eye(len(s), dtype=torch.bool)
+    for ours, exact, scale in (
+        (ww, low, high),
+        (wi, cross, high**2),
+        (ii, low**2 * high / 2 - low**3 / 6, high**3),
+    ):
+        assert ((ours - exact) / scale).abs()[apart].max() < 1e-14
+
+
+@paths
+@pytest.mark.parametrize("share", [0.2, 3e-3, 2e-5, 4e-7])
+def test_increments_and_areas_of_successive_steps_are_white(
+    path: BrownianPath, share: float
+) -> None:
+    gap = max(share, 1.01 * path.tolerance / path.length)
+    steps = 4 if gap < 0.2 else 2
+    times = places(path, [0.3 + gap * k for k in range(steps + 1)])
+    h = times.diff()
+    spread = torch.cat((h, h / 12)).sqrt()
+    found = covariance(path, times[:-1], times[1:]) / spread / spread[:, None]
+    torch.testing.assert_close(found, torch.eye(2 * steps, dtype=F64), rtol=0, atol=1e-13)
+    found = covariance(path, times[1:], times[:-1]) / spread / spread[:, None]  # backwards
+    torch.testing.assert_close(found, torch.eye(2 * steps, dtype=F64), rtol=0, atol=1e-13)
+
+
+@paths
+@settings(max_examples=20)
+@given(shares=st.lists(st.floats(0, 1), min_size=3, max_size=3, unique=True))
+def test_areas_add_up(path: BrownianPath, shares: list[float]) -> None:
+    like = empty(3, 4)
+    t, s, u = places(path, sorted(shares)).tolist()
+
+    def integral(t: float, s: float) -> Tensor:
+        w, area = path.increment(like, t, s), path.space_time_area(like, t, s)
+        return (s - t) * (area + w / 2)
+
+    parts = integral(t, s) + integral(s, u) + (u - s) * path.increment(like, t, s)
+    scale = (u - t) * math.sqrt(u)
+    torch.testing.assert_close(integral(t, u) / scale, parts / scale, rtol=0, atol=1e-12)
+    back = path.space_time_area(like, u, t)
+    assert torch.equal(back, path.space_time_area(like, t, u))
+    assert torch.equal(path.space_time_area(like, t, t), torch.zeros(3, 4, dtype=F64))
+
+
+@paths
+def test_area_is_the_mean_of_the_path_less_its_chord(path: BrownianPath) -> None:
+    like, n = empty(6, 2), 400
+    t, s = places(path, [0.31, 0.58]).tolist()
+    u = torch.linspace(t, s, n + 1, dtype=F64)[1:].tolist()
+    w = torch.stack([path.increment(like, t, time) for time in u])
+    chord = torch.arange(1, n + 1, dtype=F64)[:, None, None] / n * w[-1]
+    mean = (w - chord).mean(0)
+    # between its n points a path keeps areas of variance h/12/n^2 that a sum does not see
+    assert (path.space_time_area(like, t, s) - mean).abs().max() < 5 * math.sqrt((s - t) / 12) / n
+
+
+def test_areas_do_not_know_their_batch() -> None:
+    path, like = BrownianPath(Philox(7, 5), 0.0, 1.0), empty(6, 3)
+    t, s = torch.rand(2, 6, generator=torch.Generator().manual_seed(0), dtype=F64)
+    whole = path.space_time_area(like, t, s)
+    for index in (slice(2, 4), torch.tensor([5, 0])):
+        part = path.rows(index).space_time_area(like[index], t[index], s[index])
+        assert torch.equal(part, whole[index])
+    assert torch.equal(path.area(like, 0, (t, s))[:4], path.area(like[:4], 9, (t[:4], s[:4])))
+
+
+def test_draws_that_belong_to_no_step_are_those_of_the_noise() -> None:
+    path, noise, like = BrownianPath(Philox(9), 0.0, 1.0), Philox(9), empty(3, 2)
+    for ask in (lambda times: path.normal(like, 4, times=times), lambda t: path.area(like, 4, t)):
+        assert torch.equal(ask((0.75, 0.75)), noise.normal(like, 4))
+        mixed = ask((0.75, torch.tensor([0.5, 0.75, 0.25], dtype=F64)))
+        assert torch.equal(mixed[1], noise.normal(like, 4)[1])
+        assert not torch.equal(mixed[::2], noise.normal(like, 4)[::2])
+    area = path.area(like, 4, (0.75, 0.5))
+    torch.testing.assert_close(area, path.space_time_area(like, 0.75, 0.5) / math.sqrt(0.25 / 12))
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_every_stochastic_solver_keeps_its_variance_on_a_path(name: str) -> None:
+    sde, n = VP(), 2**11
+
+    def variance(noise: NoiseSource) -> float:
+        options = {"solver": name, "nfe": 40, "noise": noise, "dtype": F64}
+        return float(ss.sample(score, sde, shape=(n, 2), **options).x.var())
+
+    score = ss.GaussianMixture([1.0], torch.zeros(1, 2), torch.full((1, 2), 0.25)).score_model(sde)
+    expected = variance(Philox(1))
+    # the variances of two sets of 2n normals, each to a relative sqrt(2/2n)
+    bound = 5 * math.sqrt(2 / n) * expected
+    for path in (BrownianPath(Philox(0), 0.0, 1.0), BrownianPath.in_snr(Philox(0), sde)):
+        assert abs(variance(path) - expected) < bound
+
+
+def test_a_source_without_areas_draws_numbers_of_its_own() -> None:
+    like, seen = empty(3, 2), []
+    assert torch.equal(Philox(1).area(like, 5, (0.7, 0.5)), Philox(1).normal(like, 5))
+    CallableNoise(lambda x, t, s: seen.append((t, s)) or x).area(like, 5, (0.7, 0.5))
+    assert seen == [(0.7, 0.7)]
+
+
+@pytest.mark.parametrize("sde", [VP(), EDM(), RectifiedFlow()], ids=repr)
+def test_a_path_in_snr_is_one_function_of_the_signal_to_noise_ratio(sde: GaussianSDE) -> None:
+    path, like = BrownianPath.in_snr(Philox(3), sde), empty(3, 2)
+    log_snr = torch.tensor([-1.0, 2.0], dtype=F64)
+    t, s = sde.time_from_log_snr(log_snr).tolist()
+    plain = BrownianPath(Philox(3), math.exp(-40), math.exp(40), geometric=True)
+    expected = plain.increment(like, *log_snr.exp().tolist())
+    torch.testing.assert_close(path.increment(like, t, s), expected, rtol=0, atol=1e-9)
+    part = path.rows(slice(1, 3)).increment(like[1:], t, s)
+    assert torch.equal(part, path.increment(like, t, s)[1:])
+    # where alpha or sigma vanishes too a draw is a number
+    assert path.normal(like, 0, times=(sde.T, s)).isfinite().all()
+    assert path.normal(like, 0, times=(t, 0.0)).isfinite().all()
 
 
 def test_path_serves_a_solver_as_a_source() -> None:

@@ -108,7 +108,7 @@ class Path:
                     y = y.add(held[register], alpha=c)
                 held[stage.out] = y
             elif isinstance(stage, Draw):
-                held[stage.out] = self.noise.normal(like, stage.index, times=(stage.t, stage.s))
+                held[stage.out] = stage(self.noise, like)
             elif isinstance(stage, Custom):
                 held[stage.out] = stage.kernel(
                     held[stage.x], stage.t, self.predict, self.noise, stage.draw

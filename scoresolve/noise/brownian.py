@@ -3,49 +3,58 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from copy import copy
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from scoresolve.errors import ArgumentError, ShapeError
+from scoresolve.noise.multiwavelets import Step, lines, pairs, rest
 from scoresolve.noise.philox import normals, work_dtype
 from scoresolve.noise.sources import NoiseSource, Philox, Purpose, Times, check_like, group_size
 
 __all__ = ["BrownianPath"]
 
+_LOG_SNR = 40.0  # beyond, a step is all signal or all noise
+
+
+class _Process(Protocol):
+    def log_snr(self, t: Tensor) -> Tensor: ...
+
 
 class BrownianPath(NoiseSource):
     """One Brownian path per sample on [t0, t1], the same whatever the steps that read it.
 
-    Levy's sum over halved intervals. On one from a to b with the middle m, W is what the ends say,
-    and a hat of height sqrt((m - a) (b - m)/(b - a)) at m, times a normal of its own:
+    dW is a sum of orthonormal functions times normals: two lines on the whole, a pair on each
+    interval of levels 0 to L - 1, and a rest on those of level L, see `multiwavelets`. The law of
+    all increments and areas together is exact but for two times in one interval of level L. The
+    normals of interval i of level l are the Box-Muller pairs of the draw `2^l + i` of the sample's
+    Brownian stream, those of the whole of its draw 0. Intervals are halved in t or, if `geometric`,
+    in log t.
 
-        W(t) = (t - t0)/sqrt(t1 - t0) z_0 + sum_{l < L} hat_l(t) z_{l, i_l}
-               + sqrt((t - a_L) (b_L - t)/(b_L - a_L)) z_{L, i_L},
-
-    where i_l is the number of the interval of level l that holds t, and the normal `z_{l, i}` the
-    draw `2^l + i` of the sample's Brownian stream. Intervals are halved in t or, if `geometric`, in
-    log t. The law of `W` is exact except between two times in one interval of the last level.
-
-    As a `NoiseSource` it answers `normal(..., times=(t, s))` for `Purpose.SOLVER` with
-    `(W(s) - W(t)) / sqrt|s - t|`, and hands all else to `noise`.
+    As a `NoiseSource` it answers for the solver with its increments and areas over a step, scaled
+    to unit variance, and hands all else to `noise`, draws that belong to no step (t = s) included.
 
     Args:
-        noise: the source of the node normals.
+        noise: the source of the path's normals.
         t0: start of the interval, where W = 0.
         t1: end of the interval, above t0.
         tolerance: smallest distance of two times that must be resolved, in log t if `geometric`,
-            at least a share 2^-31 of the whole; a draw costs about `2 log2(whole / tolerance)`
+            at least a share 2^-31 of the whole; a draw costs about `4 log2(whole / tolerance)`
             normals. Default: a share 2^-24.
         geometric: whether intervals are halved in log t, so that early times are resolved as well
             as late ones; needs t0 > 0.
+        clock: a monotone function from the times that are asked for, float64 tensors, to those of
+            the path, into [t0, t1]. Default: they are the same.
 
     Raises:
         ArgumentError: the interval is empty or not finite, or the tolerance out of range.
 
     Source:
-        Levy, "Processus stochastiques et mouvement brownien", 1948; Karatzas, Shreve, "Brownian
-        Motion and Stochastic Calculus", section 2.3.
+        Alpert 1993 (SIAM J. Math. Anal. 24), "A class of bases in L^2 for the sparse representation
+        of integral operators", of order 2 and for unequal halves; the rest is this package's.
     """
 
     def __init__(
@@ -56,8 +65,10 @@ class BrownianPath(NoiseSource):
         tolerance: float | None = None,
         *,
         geometric: bool = False,
+        clock: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.noise, self.t0, self.t1, self.geometric = noise, float(t0), float(t1), geometric
+        self.clock = clock
         if geometric and not 0 < self.t0 < self.t1:
             raise ArgumentError(f"a geometric Brownian path on [{t0}, {t1}]: give 0 < t0 < t1")
         self.length = math.log(self.t1 / self.t0) if geometric else self.t1 - self.t0
@@ -73,12 +84,32 @@ class BrownianPath(NoiseSource):
             )
         self.levels = max(0, math.ceil(math.log2(self.length / self.tolerance)))
 
+    @classmethod
+    def in_snr(cls, noise: Philox, sde: _Process, tolerance: float | None = None) -> BrownianPath:
+        """The path B(SNR) that drives the reverse SDE of a Gaussian process in its x0 form.
+
+            d(alpha x/sigma^2) = x0 dtau + dB(tau),   tau = SNR = alpha^2/sigma^2.
+
+        Times are those of the process; beyond a log-SNR of 40 either way the path stands still.
+
+        Args:
+            noise: the source of the path's normals.
+            sde: the process.
+            tolerance: smallest distance in log-SNR that must be resolved. Default: 5e-6.
+        """
+
+        def snr(t: Tensor) -> Tensor:
+            return sde.log_snr(t).clamp(-_LOG_SNR, _LOG_SNR).exp()
+
+        ends = math.exp(-_LOG_SNR), math.exp(_LOG_SNR)
+        return cls(noise, *ends, tolerance, geometric=True, clock=snr)
+
     def increment(self, like: Tensor, t: float | Tensor, s: float | Tensor) -> Tensor:
-        """`W(s) - W(t)`, normal with variance |s - t|.
+        """`W(s) - W(t)`, normal with variance |s - t|, or that of their clocks.
 
         Args:
             like: [B, *event], floating; gives shape, dtype and device.
-            t, s: times in [t0, t1], floats or [B].
+            t, s: times in [t0, t1], or whose clocks are; floats or [B].
 
         Returns:
             [B, *event].
@@ -88,34 +119,30 @@ class BrownianPath(NoiseSource):
             ShapeError: a tensor of times is neither [] nor [B].
         """
         check_like(like)
-        nodes_t, weights_t = self._nodes(self._times(t, like))
-        nodes_s, weights_s = self._nodes(self._times(s, like))
-        shared = nodes_t == nodes_s
-        width = (-1, shared.shape[1])
-        weights = torch.cat(
-            (
-                torch.where(shared, weights_s - weights_t, weights_s),
-                torch.where(shared, 0.0, -weights_t),
-            )
-        )
-        nodes = torch.cat((nodes_s.expand(width), nodes_t.expand(width)))
-        used = weights.ne(0).any(1)
-        wide = torch.zeros(like.shape, dtype=work_dtype(like.dtype), device=like.device)
-        nodes, weights = nodes[used].to(wide.device), weights[used].to(wide)
-        group = max(1, group_size(like))
-        for first in range(0, len(nodes), group):
-            part = slice(first, first + group)
-            z = self.noise.at(wide, nodes[part], Purpose.BROWNIAN, normals)
-            for weight, node in zip(weights[part], z, strict=True):
-                wide.addcmul_(_lift(weight, like), node)
-        return wide.to(like.dtype)
+        return self._read(like, self._times(t, like), self._times(s, like)).to(like.dtype)
+
+    def space_time_area(self, like: Tensor, t: float | Tensor, s: float | Tensor) -> Tensor:
+        """The space-time Levy area H: the mean of W less its chord between t and s.
+
+            H = 1/h int_t^s (W(u) - W(t) - (u - t)/h (W(s) - W(t))) du,    h = s - t,
+
+        normal with variance |h|/12 and independent of the increment; 0 where s = t. Over a union,
+
+            h (H + W/2) = h_1 (H_1 + W_1/2) + h_2 (W_1 + H_2 + W_2/2).
+
+        Arguments, result and errors as in `increment`.
+
+        Source:
+            Foster, Lyons and Oberhauser 2020 (SIAM J. Numer. Anal. 58), "An optimal polynomial
+            approximation of Brownian motion", definition 3.5.
+        """
+        check_like(like)
+        ends = self._times(t, like), self._times(s, like)
+        return self._read(like, *ends, area=True).to(like.dtype)
 
     def __call__(self, x: Tensor, t: float | Tensor, s: float | Tensor) -> Tensor:
         """`(W(s) - W(t)) / sqrt|s - t|`, standard normal [B, *event]; zero where s = t."""
-        gap = (self._times(s, x) - self._times(t, x)).abs().sqrt()
-        scale = torch.where(gap > 0, gap, 1.0).to(x.device, work_dtype(x.dtype))
-        wide = x.to(work_dtype(x.dtype))
-        return self.increment(wide, t, s).div_(_lift(scale, x)).to(x.dtype)
+        return self._unit(x, self._times(t, x), self._times(s, x)).to(x.dtype)
 
     def normal(
         self, like: Tensor, draw: int, purpose: Purpose = Purpose.SOLVER, times: Times | None = None
@@ -123,7 +150,11 @@ class BrownianPath(NoiseSource):
         """The path's unit increment over `times` for the solver, else the numbers of `noise`."""
         if times is None or purpose != Purpose.SOLVER:
             return self.noise.normal(like, draw, purpose)
-        return self(like, *times)
+        return self._drawn(like, draw, times)
+
+    def area(self, like: Tensor, draw: int, times: Times) -> Tensor:
+        """The path's unit area over `times`, `sqrt(12/|h|) H`; the numbers of `noise` if s = t."""
+        return self._drawn(like, draw, times, area=True)
 
     def uniform(self, like: Tensor, draw: int, purpose: Purpose = Purpose.SOLVER) -> Tensor:
         """The uniform numbers of `noise`."""
@@ -135,16 +166,19 @@ class BrownianPath(NoiseSource):
 
     def rows(self, index: slice | Tensor) -> BrownianPath:
         """The same paths for the samples `index`."""
-        noise, ends = self.noise.rows(index), (self.t0, self.t1)
-        return BrownianPath(noise, *ends, self.tolerance, geometric=self.geometric)
+        path = copy(self)
+        path.noise = self.noise.rows(index)
+        return path
 
     def _times(self, t: float | Tensor, like: Tensor) -> Tensor:
+        """Times of the path, [1] or [B]."""
         time = torch.as_tensor(t, dtype=torch.float64).detach()
         if time.shape not in ((), (like.shape[0],)):
             raise ShapeError(
                 f"times of shape {tuple(time.shape)} for x of shape {tuple(like.shape)}: "
                 "give a float or one time per sample"
             )
+        time = time if self.clock is None else self.clock(time)
         slack = 1e-6 * (self.t1 - self.t0)
         if not bool(((time >= self.t0 - slack) & (time <= self.t1 + slack)).all()):
             raise ArgumentError(
@@ -153,20 +187,60 @@ class BrownianPath(NoiseSource):
             )
         return time.reshape(-1).clamp(self.t0, self.t1)
 
-    def _nodes(self, time: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw numbers and weights of the sum above, both [levels + 2, n] for times [n]."""
-        share = (time / self.t0).log() if self.geometric else time - self.t0
+    def _drawn(self, like: Tensor, draw: int, times: Times, area: bool = False) -> Tensor:
+        t, s = (self._times(time, like) for time in times)
+        still = t == s
+        if bool(still.all()):
+            return self.noise.normal(like, draw)
+        z = self._unit(like, t, s, area).to(like.dtype)
+        if not bool(still.any()):
+            return z
+        return torch.where(_lift(still.to(like.device), like), self.noise.normal(like, draw), z)
+
+    def _unit(self, like: Tensor, t: Tensor, s: Tensor, area: bool = False) -> Tensor:
+        """An increment or area scaled to unit variance, in the dtype of the work."""
+        wide = self._read(like, t, s, area)
+        variance = (s - t).abs() / (12 if area else 1)
+        return wide.div_(_lift(variance.where(variance > 0, 1.0).sqrt().to(wide), like))
+
+    def _read(self, like: Tensor, t: Tensor, s: Tensor, area: bool = False) -> Tensor:
+        """The increment over [t, s], or its area, in the dtype of the work."""
+        wide = torch.zeros(like.shape, dtype=work_dtype(like.dtype), device=like.device)
+        draws, weights = self._weights(t, s, area)
+        used = weights.ne(0).any(0).any(1)
+        draws, weights = draws[used].to(wide.device), weights[:, used].to(wide)
+        pair = wide[..., None].expand(*like.shape, 2)
+        group = max(1, group_size(pair))
+        for first in range(0, len(draws), group):
+            part = slice(first, first + group)
+            z = self.noise.at(pair, draws[part], Purpose.BROWNIAN, normals)
+            for weight, node in zip(weights[:, part].unbind(1), z, strict=True):
+                for k in (0, 1):
+                    wide.addcmul_(_lift(weight[k], like), node[..., k])
+        return wide
+
+    def _weights(self, t: Tensor, s: Tensor, area: bool = False) -> tuple[Tensor, Tensor]:
+        """Draws [rows, n] of the pairs of normals in an increment or area over [t, s] or [s, t],
+        and their weights [2, rows, n]."""
+        low, high = torch.minimum(t, s), torch.maximum(t, s)
+        ends, step = torch.stack((low, high)), Step(low, high, area)
+        share = (ends / self.t0).log() if self.geometric else ends - self.t0
         unit = (share / self.length).clamp(0, 1)
-        count = 2.0 ** torch.arange(self.levels + 1, dtype=unit.dtype, device=unit.device)[:, None]
+        count = 2.0 ** torch.arange(self.levels + 1, dtype=unit.dtype, device=unit.device)
+        count = count[:, None, None]
         index = (unit * count).floor().minimum(count - 1)
         a, m, b = (self._place((index + part) / count) for part in (0.0, 0.5, 1.0))
-        inside = time.clamp(a, b)  # their places are rounded
-        hat = torch.minimum((inside - a) / (m - a), (b - inside) / (b - m))
-        hat = hat * ((m - a) * (b - m) / (b - a)).sqrt()
-        hat[-1] = ((inside - a) * (b - inside) / (b - a)).sqrt()[-1]
-        nodes = torch.cat((torch.zeros_like(unit)[None], count + index))
-        line = (time - self.t0) / math.sqrt(self.t1 - self.t0)
-        return nodes.to(torch.int64), torch.cat((line[None], hat))
+        draws = (count + index).to(torch.int64)
+        shared = draws[:, 0] == draws[:, 1]
+        first, last = rest(step, a[-1], b[-1]).unbind(1)
+        fine = torch.stack((first, torch.where(shared[-1], first + last, last)), 1)
+        weights = torch.cat((pairs(step, a[:-1], m[:-1], b[:-1]), fine[:, None]), 1)
+        first = weights[:, :, 0].masked_fill(shared, 0.0)
+        whole = lines(step, *(torch.full_like(low, end) for end in (self.t0, self.t1)))
+        weights = torch.cat((whole[:, None], first, weights[:, :, 1]), 1)
+        weights = weights.masked_fill(low == high, 0.0)
+        weights = weights if area else torch.where(s < t, -weights, weights)
+        return torch.cat((torch.zeros_like(draws[:1, 0]), draws[:, 0], draws[:, 1])), weights
 
     def _place(self, unit: Tensor) -> Tensor:
         """The time at which a share of the way is done."""

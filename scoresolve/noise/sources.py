@@ -85,6 +85,14 @@ class NoiseSource(ABC):
             [B, *event] with the dtype and device of `like`.
         """
 
+    def area(self, like: Tensor, draw: int, times: Times) -> Tensor:
+        """Standard normal numbers for the area of the noise over a step against its chord.
+
+        A source that follows no path has none: it draws a number of its own, at times (t, t).
+        Arguments and result as in `normal`.
+        """
+        return self.normal(like, draw, times=(times[0], times[0]))
+
     def uniform(self, like: Tensor, draw: int, purpose: Purpose = Purpose.SOLVER) -> Tensor:
         """Uniform numbers in the open interval (0, 1); arguments and result as in `normal`."""
         z = self.normal(like.to(work_dtype(like.dtype)), draw, purpose)

@@ -324,7 +324,7 @@ def _special(
     if noise is None:
         raise ArgumentError("this plan draws noise: give a noise source, such as Philox(seed)")
     if isinstance(stage, Draw):
-        return noise.normal(x, stage.index, times=(stage.t, stage.s))
+        return stage(noise, x)
 
     def predict(prediction: str, state: Tensor, t: float) -> Tensor:
         return model.predict(prediction, state, model_time(t, x), **cond)

@@ -194,11 +194,7 @@ class Plan:
             check_state(x)
             if draws and noise is None:
                 raise ArgumentError("this plan draws noise: give a noise source, as Philox(seed)")
-            drawn = [
-                noise.normal(x, draw.index, times=(draw.t, draw.s))
-                for draw in draws
-                if noise is not None
-            ]
+            drawn = [draw(noise, x) for draw in draws if noise is not None]
             result: Tensor = compiled(x, drawn, cond)
             return result
 
@@ -262,7 +258,8 @@ def _describe(stage: Stage) -> tuple[str, str]:
     if isinstance(stage, Call):
         return f"x{stage.out} = {stage.prediction}(x{stage.x}, t={stage.t:.6g})", "network call"
     if isinstance(stage, Draw):
-        return f"x{stage.out} = noise {stage.index}", f"t={stage.t:.6g} -> {stage.s:.6g}"
+        what = "area, " if stage.area else ""
+        return f"x{stage.out} = noise {stage.index}", f"{what}t={stage.t:.6g} -> {stage.s:.6g}"
     if isinstance(stage, Combine):
         terms = " ".join(f"{c:+.8g} x{r}" for r, c in stage.terms)
         return f"x{stage.out} = {terms}", ""

@@ -55,13 +55,23 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """z = standard normal, number `index`, that drives the interval from `t` to `s`."""
+    """z = standard normal, number `index`, that drives the interval from `t` to `s`.
+
+    It is the increment of the noise there or, if `area`, its area against the chord.
+    """
 
     out: int
     index: int
     t: float
     s: float
+    area: bool = False
     kind: ClassVar[str] = "draw"
+
+    def __call__(self, noise: NoiseSource, like: Tensor) -> Tensor:
+        """The numbers that `noise` has for it, [B, *event] as `like`."""
+        if self.area:
+            return noise.area(like, self.index, (self.t, self.s))
+        return noise.normal(like, self.index, times=(self.t, self.s))
 
 
 @dataclass(frozen=True, slots=True)

@@ -179,9 +179,20 @@ class Run:
         return m
 
     def noise(self, t: float, s: float) -> Linear:
-        """Standard normal noise that drives the interval from `t` to `s`."""
+        """Standard normal noise that drives the interval from `t` to `s`; of its own if s = t."""
+        return self._draw(t, s)
+
+    def area(self, t: float, s: float) -> Linear:
+        """The area of the noise from `t` to `s` against its chord, standard normal too.
+
+        With h the variance of the increment `sqrt(h) noise(t, s)`, the area is `sqrt(h/12)` times
+        this; a `BrownianPath` whose clock is that of the solver's noise has it.
+        """
+        return self._draw(t, s, area=True)
+
+    def _draw(self, t: float, s: float, area: bool = False) -> Linear:
         out = self._new()
-        self.stages.append(Draw(out, self._draws, t, s))
+        self.stages.append(Draw(out, self._draws, t, s, area))
         self._draws += 1
         return Linear({out: 1.0})
 

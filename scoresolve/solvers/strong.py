@@ -8,7 +8,8 @@ a Brownian motion of unit rate in tau: additive noise, for which two normals a s
 
     W = B(tau_s) - B(tau_t) = sqrt(h) z,    H = int (B - chord) dtau / h = sqrt(h/12) z',
 
-h = tau_s - tau_t. H is the space-time Levy area, independent of W.
+h = tau_s - tau_t. H is the space-time Levy area, independent of W. The order shows on one
+path of B with its areas, as `BrownianPath.in_snr` gives it.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class _Strong(Solver):
         start, h = form.clock(run, t), form.clock(run, s) - form.clock(run, t)
         y, middle = x / form.scale(run, t), form.time(run, start + self.node * h)
         w = math.sqrt(h) * run.noise(t, s)
-        area = math.sqrt(h / 12) * run.noise(t, t)
+        area = math.sqrt(h / 12) * run.area(t, s)
         first = form.slope(run, y + self.areas[0] * area, t)
         shift = self.chord * w + self.areas[1] * area
         second = form.slope(run, y + self.node * h * first + shift, middle)

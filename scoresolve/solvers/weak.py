@@ -62,7 +62,7 @@ class WeakRungeKutta(Solver):
         form = data_form(1.0)
         start, h = form.clock(run, t), form.clock(run, s) - form.clock(run, t)
         y = x / form.scale(run, t)
-        w, bridge = math.sqrt(h) * run.noise(t, s), math.sqrt(h) * run.noise(t, t)
+        w, bridge = math.sqrt(h) * run.noise(t, s), math.sqrt(h) * run.area(t, s)
         slopes: list[Linear] = []
         for node, row, q in zip(self.nodes, self.rows, self.bridges, strict=True):
             time = form.time(run, start + node * h) if slopes else t
