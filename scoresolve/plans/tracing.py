@@ -103,6 +103,7 @@ class Run:
         self.stages: list[Stage] = []
         self._registers = 1
         self._draws = 0
+        self._driven: set[tuple[float, float, bool]] = set()
         self._first_call: tuple[Linear, Linear] | None = None
         self._log_scales: dict[float, tuple[float, float]] = {}
         if isinstance(sde, GaussianSDE):
@@ -192,6 +193,9 @@ class Run:
 
     def _draw(self, t: float, s: float, area: bool = False) -> Linear:
         out = self._new()
+        if (t, s, area) in self._driven:  # a step taken again: a path has one number for it
+            s, area = t, False
+        self._driven.add((t, s, area))
         self.stages.append(Draw(out, self._draws, t, s, area))
         self._draws += 1
         return Linear({out: 1.0})
