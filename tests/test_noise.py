@@ -16,6 +16,7 @@ from torch import Tensor
 
 import scoresolve as ss
 from scoresolve.errors import ArgumentError, ShapeError
+from scoresolve.grid import make_grid
 from scoresolve.noise import (
     BrownianPath,
     CallableNoise,
@@ -26,6 +27,7 @@ from scoresolve.noise import (
     as_noise,
     philox4x32,
 )
+from scoresolve.plans import Draw
 from scoresolve.sde import EDM, VP, GaussianSDE, RectifiedFlow
 from scoresolve.solvers import REGISTRY, AdaptiveSDE, GottaGoFast, Integrator, get_solver
 
@@ -617,6 +619,22 @@ def test_every_stochastic_solver_keeps_its_variance_on_a_path(name: str) -> None
     bound = 5 * math.sqrt(4 / n) * expected
     for path in (BrownianPath(Philox(0), 0.0, 1.0), BrownianPath.in_snr(Philox(0), sde)):
         assert abs(variance(path) - expected) < bound
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_no_two_draws_of_a_solver_read_the_same_stretch_of_a_path(name: str) -> None:
+    solver = get_solver(name)
+    if isinstance(solver, Integrator):
+        return
+    plan = ss.plan(solver, VP(), make_grid("cosine", VP(), 8))
+    for area in (False, True):
+        read = [
+            (draw.t, draw.s)
+            for draw in plan.stages
+            if isinstance(draw, Draw) and draw.t != draw.s and draw.area is area
+        ]
+        for (_, end), (start, _) in pairwise(sorted(read, reverse=True)):
+            assert start <= end
 
 
 def test_a_source_without_areas_draws_numbers_of_its_own() -> None:

@@ -85,7 +85,7 @@ def test_areas_of_another_path_leave_order_one(solver: Solver, kind: type[Browni
 
 
 def test_a_path_in_time_leaves_order_one() -> None:
-    """sqrt(SNR' ) dW over a step is its increment in the other clock only to first order."""
+    """sqrt(SNR') dW over a step is its increment in the other clock only to first order."""
 
     class InTime(BrownianPath):
         @classmethod
