@@ -9,8 +9,8 @@ where p runs smoothly through at most six numbers. They minimise, over pilot sta
 
     mean_i log(1 + e_i^2/m^2),    e_i = |y_i - Phi(x_i)|/sqrt(D),
 
-with y_i what the solver makes of a start, Phi the exact flow and m the median of e. The logarithm
-keeps the few starts that land in another mode from ruling the rest.
+with y_i what the solver makes of a start, Phi the exact flow and m three times the median of e. The
+logarithm keeps the few starts that land in another mode from ruling the rest.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ _SHORT: Final = 8
 _LONG_FIRST: Final = 1.5
 _STEP: Final = 0.02
 _ROUNDS, _ITERATIONS, _GAIN = 2, 6, 0.01
+_FAR: Final = 3.0  # medians: the more, the better the RMS and the worse the median
 _SKETCH: Final = 1024
 _LOST: Final = 1e3
 _LEAST_STARTS: Final = 12
@@ -249,7 +250,7 @@ def _descend(runs: _Runs, first: Grid, part: slice, p: Array) -> tuple[float, Gr
             slopes,
             bounds=(-_BENDS, _BENDS),
             loss=loss,
-            f_scale=max(float(np.median(errors)), np.finfo(float).tiny),
+            f_scale=max(_FAR * float(np.median(errors)), np.finfo(float).tiny),
             max_nfev=_ITERATIONS,
             ftol=_GAIN,
             xtol=_GAIN,

@@ -75,7 +75,7 @@ def integral(
 def exact_from_snr(sde: GaussianSDE, v: float, x: Tensor, seed: int, end: float) -> Tensor:
     """z = tau x/alpha of d(z) = v z/(1 + v tau) dtau + dB at t = end, by variation of constants."""
     path, last = snr_path(sde, seed), float(sde.log_snr(end).exp())
-    tau = torch.logspace(math.log10(path.t0), math.log10(last), 4001, dtype=F64)
+    tau = torch.logspace(math.log10(path.t0), math.log10(last), 1001, dtype=F64)
     tau = tau.clamp(path.t0, last)
     z = path.t0 * x / float(sde.alpha(sde.T)) / (1 + v * path.t0)
     z = (1 + v * last) * (z + integral(path, x, tau, lambda s: 1 / (1 + v * s)))
@@ -85,7 +85,7 @@ def exact_from_snr(sde: GaussianSDE, v: float, x: Tensor, seed: int, end: float)
 def exact_from_time(sde: ss.EDM, v: float, x: Tensor, seed: int, end: float) -> Tensor:
     """x at `end` of dx = 2t x/(v + t^2) dt + sqrt(2t) dW, from T down, as above."""
     path = BrownianPath(Philox(seed), sde.t_min, sde.T)
-    t = sde.T * torch.linspace(1, (end / sde.T) ** 0.25, 8001, dtype=F64) ** 4
+    t = sde.T * torch.linspace(1, (end / sde.T) ** 0.25, 2001, dtype=F64) ** 4
     t[-1] = end
     whole = integral(path, x, t, lambda s: (2 * s).sqrt() / (v + s * s))
     return (v + end**2) * (x / (v + sde.T**2) + whole)
@@ -208,7 +208,7 @@ class Forgetful(Wary):
 
 def pure_noise(kind: type[Adaptive], habit: type) -> tuple[Tensor, Tensor]:
     """Normalised ends of paths with no data to move them, and what W says of them."""
-    n, solver = 4000, type("Habit", (habit, kind), {})(0.0, 0.3)
+    n, solver = 2000, type("Habit", (habit, kind), {})(0.0, 0.3)
     noise = Philox(4)
     if kind is GottaGoFast:
         x, path = torch.zeros(n, 1, dtype=F64), BrownianPath(noise, 0.0, 1.0)
@@ -262,16 +262,16 @@ CASES = [
 def test_samples_of_one_seed_approach_the_exact_solution_with_order_one_all_the_way(
     kind: type[Adaptive], sde: Any, v: float
 ) -> None:
-    x, times = start(sde, 24, 2, variance=v), (0.01 * sde.T, sde.t_min)
+    x, times = start(sde, 40, 2, variance=v), (0.01 * sde.T, sde.t_min)
     solve = exact_from_snr if kind is AdaptiveSDE else exact_from_time
     exact = [solve(sde, v, x, 8, t) for t in times]
     unit, found = [spread(sde, v, t) for t in times], []
-    for tolerance in (0.01, 0.003, 0.001):
+    for tolerance in (0.01, 0.002):
         got = run(kind, tolerance, sde, v, x, save_at=times)
         errors = (got.saved - torch.stack(exact)).square().mean((1, 2)).sqrt()
         found.append((float(got.accepted.double().mean()), errors / torch.tensor(unit)))
         torch.testing.assert_close(got.saved[-1], got.x, rtol=1e-12, atol=1e-12)
-    (few, coarse), _, (many, fine) = found
+    (few, coarse), (many, fine) = found
     assert ((coarse / fine).log() / math.log(many / few)).min() > 0.8
 
 

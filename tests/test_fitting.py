@@ -37,7 +37,7 @@ def median_error(score: Any, sde: ss.GaussianSDE, x: Tensor, **how: Any) -> floa
         ("auto", ss.VP(), 5, 0.4),
         ("auto", ss.EDM(), 10, 0.7),
         ("dpmpp_2m", ss.VP(), 10, 0.7),
-        ("ddim", ss.RectifiedFlow(), 12, 0.9),
+        ("ddim", ss.RectifiedFlow(), 12, 1.0),
         ("heun", ss.EDM(), 12, 0.7),
     ],
 )

@@ -24,7 +24,6 @@ import torch
 from numpy.polynomial.hermite_e import hermegauss
 from numpy.typing import NDArray
 from scipy.interpolate import make_interp_spline
-from test_strong_order import strong_errors
 from torch import Tensor
 
 from scoresolve.grid import make_grid
@@ -215,10 +214,3 @@ def test_on_a_mixture_a_method_of_order_2_is_worse_for_the_same_calls() -> None:
 
 
 # --- one path ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("sde", [VP(), EDM()], ids=["VP", "EDM"])
-def test_with_the_area_of_a_known_path_it_is_of_strong_order_1_5(sde: GaussianSDE) -> None:
-    """Errors of 200 paths and of steps 4 times finer: the slope is known to about .1."""
-    coarse, fine = strong_errors(OURS, sde, (32, 8))
-    assert math.log(coarse / fine) / math.log(4) > 1.35, (coarse, fine)
