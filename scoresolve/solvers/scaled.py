@@ -50,8 +50,8 @@ class ScaledAdams(Adams):
         ArgumentError: another order or start, or a scale that is no positive number.
 
     Source:
-        This package; see the module for the derivation and docs/choosing.md for the measurements
-        behind its constants. Adams in PEC mode: Hairer, Norsett and Wanner 1993, III.1.
+        This package; see the module for the derivation and docs/choosing.md for what it measures.
+        The constants were fitted to mixtures. PEC mode: Hairer, Norsett and Wanner 1993, III.1.
     """
 
     source = "this package; Hairer et al. 1993, III.1 (PEC mode)"
