@@ -235,8 +235,8 @@ def sample_with_log_prob(
     """Draw samples and their log-densities in one pass from noise to data.
 
     Args:
-        score, cost, nfe, trace, probes, mode, seed, noise, chunk, progress, raise_on_failure,
-            cond: as in `log_likelihood`.
+        score, cost, nfe, trace, probes, mode: as in `log_likelihood`; and so are
+        seed, noise, chunk, progress, raise_on_failure, cond: see there.
         sde: the process, a Gaussian one: for others draw with `sample` from the law at their end,
             and call `log_likelihood` on the samples with that law as `prior`.
         shape: [B, *event].

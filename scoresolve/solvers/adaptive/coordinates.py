@@ -1,14 +1,18 @@
-"""What an adaptive solver integrates, and over what.
+"""What an adaptive solver integrates, and over what, with k = sigma/alpha and x' = x/alpha.
 
-"time"      y = x over u = t: dy/du = drift(x, t), for any process.
-"scaled"    y = x/S over u = atan(k/k1), for a Gaussian process, with k = sigma/alpha and
-            S^2 = sigma^2 + 2 b c alpha sigma + (c alpha)^2, the variables of the default solver.
-            From dx'/dk = eps for x' = x/alpha follows
-                dy/du = ((c alpha + b sigma) c eps - (sigma + b c alpha) x0) Q1/(k1 S^3),
-            Q1 = sigma^2 + (k1 alpha)^2, which is regular at alpha = 0 and at sigma = 0.
-"log_snr"   y = x/alpha over u = log k, where dy/du = k eps.
+"time" is for any process, the others are for Gaussian ones:
 
-y is measured in units of the data's own size: `unit` y is x over sqrt(sigma^2 + (scale alpha)^2).
+    time      y = x    over u = t,           dy/du = drift(x, t)
+    scaled    y = x/S  over u = atan(k/k1),  dy/du = (p eps - q x0) Q1/(k1 S^3)
+    log_snr   y = x'   over u = log k,       dy/du = k eps
+
+"scaled" has the variables of the default solver. From dx'/dk = eps follow
+
+    S^2 = sigma^2 + 2 b c alpha sigma + (c alpha)^2,   Q1 = sigma^2 + (k1 alpha)^2,
+    p = c (c alpha + b sigma),   q = sigma + b c alpha,
+
+which is regular at alpha = 0 and at sigma = 0. y is measured in units of the data's own size:
+`unit` y is x over sqrt(sigma^2 + (scale alpha)^2).
 """
 
 from __future__ import annotations
