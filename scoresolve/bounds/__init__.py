@@ -1,5 +1,6 @@
 """Bounds on the log-likelihood: variational, along SDE paths, and of discrete data."""
 
+from scoresolve.bounds.binary import binary_bound
 from scoresolve.bounds.continuous import TimeProposal, continuous_bound, fit_times
 from scoresolve.bounds.dequantisation import Dequantised, bits_per_dim, dequantised_log_prob
 from scoresolve.bounds.estimator import VariationalBound
@@ -11,6 +12,7 @@ __all__ = [
     "PathEstimate",
     "TimeProposal",
     "VariationalBound",
+    "binary_bound",
     "bits_per_dim",
     "continuous_bound",
     "dequantised_log_prob",
