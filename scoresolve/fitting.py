@@ -35,7 +35,7 @@ from scoresolve.noise import Philox, Purpose
 from scoresolve.sampling import Times, grid_for, sample
 from scoresolve.sde import SDE, GaussianSDE
 from scoresolve.solvers import AdaptiveAdams, Integrator, Solver, get_solver
-from scoresolve.tuning import measure_scale
+from scoresolve.tuning import LEAST_BUDGET, scale_within
 
 __all__ = ["GridFit", "fit_grid"]
 
@@ -140,9 +140,11 @@ def fit_grid(
     if x.shape[0] < _LEAST_STARTS:
         raise ArgumentError(f"{x.shape[0]} starts: give at least {_LEAST_STARTS}")
     scale = model.data_scale
-    if resolved.wants_scale and scale is None and isinstance(sde, GaussianSDE):
-        scale = measure_scale(model, sde, x.shape[1:], dtype=x.dtype, device=x.device)
+    if resolved.wants_scale and isinstance(sde, GaussianSDE):
+        scale, _ = scale_within(LEAST_BUDGET, model, sde, x[:0], cond)  # outside the budget
     resolved = resolved.scaled(scale)
+    if nfe is not None:
+        resolved = resolved.budgeted(nfe)
     if grid is None or isinstance(grid, str):
         first = grid_for(resolved, sde, grid=grid, steps=steps, nfe=nfe)
     else:

@@ -135,6 +135,22 @@ def test_the_scale_is_asked_and_stays_with_the_solver() -> None:
     assert ss.plan(fit.solver, sde, fit.grid).nfe == 5
 
 
+def test_the_scale_is_asked_with_the_conditions() -> None:
+    sde = ss.VP()
+    exact = ss.targets.ring().score_model(sde)
+    fit = ss.fit_grid(lambda x, t, sign: sign * exact(x, t), sde, shape=(12, 2), nfe=5, sign=1.0)
+    assert fit.solver.name == f"auto(scale={ss.measure_scale(exact, sde, (2,)):.3g})"
+
+
+def test_a_solver_that_plans_for_a_budget_gets_it() -> None:
+    sde = ss.VP()
+    score = ss.targets.ring().score_model(sde)
+    fit = ss.fit_grid(score, sde, shape=(12, 2), solver="dpm_fast", nfe=9)
+    usual = ss.sample(score, sde, shape=(1, 2), solver="dpm_fast", nfe=9)
+    assert len(fit.grid.times) == len(usual.times)
+    assert ss.plan(fit.solver, sde, fit.grid).nfe == usual.nfe == 9
+
+
 def test_starts_that_are_lost_are_left_out_and_conditions_follow_theirs() -> None:
     sde, x = ss.VP(), starts(ss.VP(), 24, 2)
     lost = torch.arange(24) % 6 == 1
