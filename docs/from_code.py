@@ -1,7 +1,6 @@
 """What the pages take from the code: tables, help texts, and docstrings as reStructuredText.
 
-    solver-table          every row of the registry of solvers
-    measured-table        what every fixed-grid solver measures
+    solver-table          every row of the registry of solvers, with what it measures
     face-table            every name of `import scoresolve as ss`, with its first sentence
     command-help NAME...  what `scoresolve NAME... --help` prints
 
@@ -14,7 +13,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from click.testing import CliRunner
@@ -32,7 +31,6 @@ from scoresolve.solvers import (
     REGISTRY,
     Integrator,
     Solver,
-    get_solver,
     nfe_rule,
     noise_rule,
 )
@@ -42,46 +40,45 @@ SECTION = re.compile(r"(Args|Attributes|Raises|Returns|Source|Yields):$")
 
 
 class SolverTable(SphinxDirective):
-    """A table of all solvers; names that differ in their form alone share a row."""
+    """Every row of the registry: what it claims, what it costs and, with fixed steps, measures.
 
-    def run(self) -> list[nodes.Node]:
-        methods: dict[tuple[str, ...], tuple[list[str], list[str]]] = {}
-        for name, make in REGISTRY.items():
-            solver = make()
-            adaptive = isinstance(solver, Integrator)
-            key = (
-                "none" if solver.order is None else f"{solver.order:g}",
-                nfe_rule(solver),
-                noise_rule(solver),
-                solver.source,
-            )
-            names, predictions = methods.setdefault(key, ([], []))
-            aliases = [alias for alias, row in ALIASES.items() if row == name]
-            names.append(" = ".join(f"`{known}`" for known in (name, *aliases)))
-            if not adaptive:
-                predictions.append(solver.predicts)
-        rows = [
-            "| name | order | calls for n steps | noise | predicts | source |",
-            "|---" * 6 + "|",
-        ]
-        rows += [
-            f"| {', '.join(names)} | {order} | {calls} | {noise} | "
-            f"{', '.join(dict.fromkeys(predictions))} | {source} |"
-            for (order, calls, noise, source), (names, predictions) in methods.items()
-        ]
-        return self.parse_text_to_nodes("\n".join(rows))
-
-
-class MeasuredTable(SphinxDirective):
-    """What every fixed-grid solver measures: orders, exact errors, errors on two mixtures.
-
-    The smallest of each column among solvers of the same kind is bold.
+    The smallest of each measured column among solvers of the same kind is bold.
     """
 
     budgets = (10, 20, 50)
 
     def run(self) -> list[nodes.Node]:
-        names = [name for name in REGISTRY if isinstance(get_solver(name), Solver)]
+        solvers = {name: make() for name, make in REGISTRY.items()}
+        fixed = {name: row for name, row in solvers.items() if isinstance(row, Solver)}
+        measured = self.measured(list(fixed))
+        parts: list[nodes.Node] = []
+        for stochastic in (False, True):
+            kind = {name: row for name, row in fixed.items() if row.stochastic == stochastic}
+            error = "log-density gap" if stochastic else "RMS error"
+            heads = [
+                "order: claimed; measured of mean, covariance, path",
+                *(f"variance error at {budget} calls" for budget in self.budgets),
+                f"{error} at 20 calls, ring",
+                "64-D",
+            ]
+            best = [min(measured[name][1][i] for name in kind) for i in range(len(heads) - 1)]
+            cells = {
+                name: [
+                    measured[name][0],
+                    *(
+                        bold(v, v <= least)
+                        for v, least in zip(measured[name][1], best, strict=True)
+                    ),
+                ]
+                for name in kind
+            }
+            parts += self.table(kind, heads, cells)
+        others = {name: row for name, row in solvers.items() if name not in fixed}
+        orders = {name: [claimed(row.order)] for name, row in others.items()}
+        return parts + self.table(others, ["order: claimed"], orders)
+
+    def measured(self, names: Sequence[str]) -> dict[str, tuple[str, list[float]]]:
+        """Orders as text and errors as numbers, of every fixed-grid solver."""
         methods = [Method(name) for name in names]
         landed = [
             {
@@ -90,40 +87,47 @@ class MeasuredTable(SphinxDirective):
             }
             for mixture in (ring(), class_mixture())
         ]
-        certificates = {
-            name: certify(name, refinements=(64, 128, 256, 512), budgets=self.budgets)
-            for name in names
-        }
-        parts: list[nodes.Node] = []
-        for stochastic in (False, True):
-            figures = {
-                name: [*errors_of(certificates[name], self.budgets), *landings_of(name, landed)]
-                for name in names
-                if get_solver(name).stochastic == stochastic
-            }
-            best = [min(column) for column in zip(*figures.values(), strict=True)]
-            error = "log-density gap" if stochastic else "RMS error"
-            rows = [
-                "| name | order: claimed; measured of mean, covariance, path | "
-                "variance error at 10 calls | 20 calls | 50 calls | "
-                f"{error} at 20 calls, ring | 64-D |",
-                "|---" * 7 + "|",
+        found = {}
+        for name in names:
+            certificate = certify(name, refinements=(64, 128, 256, 512), budgets=self.budgets)
+            errors = [*errors_of(certificate, self.budgets), *landings_of(name, landed)]
+            found[name] = orders_of(certificate), errors
+        return found
+
+    def table(
+        self,
+        solvers: Mapping[str, Solver | Integrator],
+        heads: Sequence[str],
+        cells: Mapping[str, Sequence[str]],
+    ) -> list[nodes.Node]:
+        rows = [
+            f"| name | {' | '.join(heads)} | calls for n steps | noise | predicts | source |",
+            "|---" * (len(heads) + 5) + "|",
+        ]
+        for name, row in solvers.items():
+            known = (name, *(alias for alias, target in ALIASES.items() if target == name))
+            facts = [
+                " = ".join(f"`{each}`" for each in known),
+                *cells[name],
+                nfe_rule(row),
+                noise_rule(row),
+                row.predicts if isinstance(row, Solver) else "-",
+                row.source,
             ]
-            for name, row in figures.items():
-                cells = [
-                    bold(value, value <= least) for value, least in zip(row, best, strict=True)
-                ]
-                rows.append(f"| `{name}` | {orders_of(certificates[name])} | {' | '.join(cells)} |")
-            parts += self.parse_text_to_nodes("\n".join(rows))
-        return parts
+            rows.append(f"| {' | '.join(facts)} |")
+        return self.parse_text_to_nodes("\n".join(rows))
+
+
+def claimed(order: float | None) -> str:
+    """The nominal order."""
+    return "none" if order is None else f"{order:g}"
 
 
 def orders_of(certificate: Certificate) -> str:
     """The claimed and the measured orders."""
-    claimed = "none" if certificate.nominal_order is None else f"{certificate.nominal_order:g}"
     orders = certificate.orders.values()
     measured = ("exact" if math.isinf(order) else f"{order:.1f}" for order in orders)
-    return f"{claimed}; {', '.join(measured) or '-'}"
+    return f"{claimed(certificate.nominal_order)}; {', '.join(measured) or '-'}"
 
 
 def errors_of(certificate: Certificate, budgets: Sequence[int]) -> list[float]:
@@ -210,7 +214,6 @@ def escaped(line: str) -> str:
 
 def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("solver-table", SolverTable)
-    app.add_directive("measured-table", MeasuredTable)
     app.add_directive("face-table", FaceTable)
     app.add_directive("command-help", CommandHelp)
     app.connect("autodoc-process-docstring", as_rst, priority=400)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from scoresolve.errors import ShapeError, UnknownNameError
+from scoresolve.errors import ShapeError, known_name
 from scoresolve.models import Model, check_output, conversion
 from scoresolve.plans import check_state
 from scoresolve.sde import SDE, GaussianSDE, TimeLike, as_time
@@ -62,9 +62,7 @@ class Differentiator:
     """
 
     def __init__(self, mode: str = "auto") -> None:
-        if mode not in MODES:
-            raise UnknownNameError("mode", mode, MODES)
-        self.mode, self.batched = mode, True
+        self.mode, self.batched = known_name("mode", mode, MODES), True
         self.blind = self._seen = False
 
     def __call__(self, fn: Field, x: Tensor) -> tuple[Tensor, Field]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from enum import IntEnum
 
 import torch
@@ -52,7 +52,7 @@ class UnknownNameError(ScoresolveError, LookupError):
 
     def __init__(self, what: str, name: str, known: Iterable[str]) -> None:
         names = list(known)
-        near = nearest_names(name, names)
+        near = nearest_names(str(name), names)
         listed = ", ".join(map(repr, near or names))
         hint = f"did you mean {listed}?" if near else f"known are {listed}"
         super().__init__(f"unknown {what} {name!r}: {hint}")
@@ -89,6 +89,13 @@ class Status(IntEnum):
 def nearest_names(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     """Up to `count` known names that look like `name`, best first."""
     return difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
+
+
+def known_name(what: str, name: str, known: Collection[str]) -> str:
+    """`name` if it is one of the `known` names of a `what`; else raises `UnknownNameError`."""
+    if not isinstance(name, str) or name not in known:
+        raise UnknownNameError(what, name, known)
+    return name
 
 
 def row_status(x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ import torch
 from scipy.special import betaincinv
 from torch import Tensor
 
-from scoresolve.errors import ArgumentError, GridError, UnknownNameError, whole_number
+from scoresolve.errors import ArgumentError, GridError, known_name, whole_number
 from scoresolve.sde import SDE, DiscreteVP, GaussianSDE
 
 __all__ = ["GRIDS", "Grid", "as_grid", "make_grid"]
@@ -228,8 +228,7 @@ def make_grid(
         (2407.12173), section 3.2. shift: Esser et al. 2024 (2403.03206), eq. 23. Integer grids:
         Lin et al. 2023 (2305.08891), table 2.
     """
-    if name not in GRIDS:
-        raise UnknownNameError("grid", name, GRIDS)
+    known_name("grid", name, GRIDS)
     steps = whole_number("steps", steps)
     for option, value in {"rho": rho, "shift": shift, "a": a, "b": b, "scale": scale}.items():
         if value is not None and not (math.isfinite(value) and value > 0):

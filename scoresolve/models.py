@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scoresolve.errors import ArgumentError, ShapeError, UnknownNameError
+from scoresolve.errors import ArgumentError, ShapeError, UnknownNameError, known_name
 from scoresolve.sde import (
     EDM,
     SDE,
@@ -224,8 +224,7 @@ class NetworkModel(Model):
     """
 
     def __init__(self, net: Callable[..., Tensor], sde: SDE | None, prediction: str) -> None:
-        if prediction not in PREDICTIONS:
-            raise UnknownNameError("prediction", prediction, PREDICTIONS)
+        known_name("prediction", prediction, PREDICTIONS)
         if prediction != "score" and not isinstance(sde, GaussianSDE):
             raise ArgumentError(
                 f"{prediction!r} is defined for Gaussian processes only, not for {sde}: "
@@ -256,8 +255,7 @@ class NetworkModel(Model):
         return self.prediction, self.net if plain else self.native
 
     def predict(self, prediction: str, x: Tensor, t: TimeLike, **cond: Any) -> Tensor:
-        if prediction not in PREDICTIONS:
-            raise UnknownNameError("prediction", prediction, PREDICTIONS)
+        known_name("prediction", prediction, PREDICTIONS)
         m = self.native(x, t, **cond)
         if prediction == self.prediction:
             return m

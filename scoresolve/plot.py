@@ -24,7 +24,7 @@ from torch import Tensor
 
 from scoresolve.certificates import MEAN, VARIANCE, measured_order
 from scoresolve.digits import load_network
-from scoresolve.errors import ArgumentError, ShapeError, UnknownNameError
+from scoresolve.errors import ArgumentError, ShapeError, known_name
 from scoresolve.grid import make_grid
 from scoresolve.metrics import Comparison, Method, class_mixture, compare
 from scoresolve.models import from_denoiser
@@ -434,6 +434,4 @@ def picture(name: str) -> Figure:
     Raises:
         UnknownNameError: no such picture.
     """
-    if name not in PICTURES:
-        raise UnknownNameError("picture", name, PICTURES)
-    return PICTURES[name][1]()
+    return PICTURES[known_name("picture", name, PICTURES)][1]()

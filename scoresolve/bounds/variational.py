@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from scoresolve.bounds.estimator import Estimator, Levels, VariationalBound, clock, clock_time
-from scoresolve.errors import ArgumentError, GridError, UnknownNameError, real_number, whole_number
+from scoresolve.errors import ArgumentError, GridError, known_name, real_number, whole_number
 from scoresolve.grid import Grid, as_grid
 from scoresolve.models import Model
 from scoresolve.noise import NoiseSource, as_noise
@@ -83,8 +83,7 @@ def variational_bound(
         Ho et al. 2020 (2006.11239), eq. 5, 8 and 13, and section 3.2 for the two variances;
         Sohl-Dickstein et al. 2015 (1503.03585), section 2.4.
     """
-    if variance not in _VARIANCES:
-        raise UnknownNameError("variance", variance, _VARIANCES)
+    known_name("variance", variance, _VARIANCES)
     run = Estimator(score, sde, x, levels, draws, stratified, as_noise(noise, seed), cond)
     at = torch.tensor(_chain(sde, steps, grid), dtype=torch.float64)
     log_snr, sigma = sde.log_snr(at), sde.sigma(at)

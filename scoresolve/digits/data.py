@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scoresolve.errors import ArgumentError, UnknownNameError
+from scoresolve.errors import ArgumentError, known_name
 
 __all__ = [
     "BIN_WIDTH",
@@ -68,9 +68,8 @@ def load_digits(split: str = "all") -> Digits:
     with np.load(Path(__file__).with_name("digits.npz")) as stored:
         held_out = stored["held_out"]
         rows = {"train": ~held_out, "test": held_out, "all": np.ones_like(held_out)}
-        if split not in rows:
-            raise UnknownNameError("split", split, rows)
-        images, labels = stored["images"][rows[split]], stored["labels"][rows[split]]
+        chosen = rows[known_name("split", split, rows)]
+        images, labels = stored["images"][chosen], stored["labels"][chosen]
     return Digits(
         levels=torch.from_numpy(images.astype(np.int64))[:, None],
         labels=torch.from_numpy(labels.astype(np.int64)),

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from scoresolve.errors import ArgumentError, SolveError, UnknownNameError, whole_number
+from scoresolve.errors import ArgumentError, SolveError, known_name, whole_number
 from scoresolve.grid import Grid
 from scoresolve.models import Model, check_output, conversion
 from scoresolve.noise import Philox
@@ -72,8 +72,7 @@ class Path:
         self.plan = trace(solver, sde, grid.times, grid.denoise)
 
     def solve(self, x: Tensor, mode: str, segment: int | None, refine: int) -> Tensor:
-        if mode not in MODES:
-            raise UnknownNameError("mode", mode, MODES)
+        known_name("mode", mode, MODES)
         for name, value, its in (("segment", segment, "checkpoint"), ("refine", refine, "adjoint")):
             if value not in (None, 1) and mode != its:
                 raise ArgumentError(f"{name} = {value} means nothing to {mode!r}: leave it out")

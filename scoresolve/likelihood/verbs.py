@@ -22,7 +22,7 @@ from scoresolve.errors import (
     ArgumentError,
     ModelWarning,
     ShapeError,
-    UnknownNameError,
+    known_name,
     whole_number,
 )
 from scoresolve.grid import Grid
@@ -161,8 +161,7 @@ def log_likelihood(
         given = {"steps": steps, "nfe": nfe, "t_start": t_start, "t_end": t_end}
         if extra := [name for name, value in given.items() if value is not None]:
             raise ArgumentError(f"an explicit grid fixes the times: leave out {extra[0]}=")
-    if trace not in _TRACES:
-        raise UnknownNameError("trace", trace, _TRACES)
+    known_name("trace", trace, _TRACES)
     if probes is not None:
         whole_number("probes", probes)
     start = _data_time(sde) if t_start is None else t_start
@@ -282,8 +281,7 @@ def _check_data(x: Tensor) -> None:
 
 def _budget(size: int, cost: int | None, nfe: int | None, trace: str, probes: int | None) -> Budget:
     """Nodes and products of a sample of `size` elements."""
-    if trace not in _TRACES:
-        raise UnknownNameError("trace", trace, _TRACES)
+    known_name("trace", trace, _TRACES)
     total = whole_number("cost", DEFAULT_COST if cost is None else cost, LEAST_COST)
     nodes = None if nfe is None else whole_number("nfe", nfe, 4)
     a_call = None if probes is None else whole_number("probes", probes)

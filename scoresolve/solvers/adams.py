@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from scoresolve.errors import ArgumentError, UnknownNameError, whole_number
+from scoresolve.errors import ArgumentError, known_name, whole_number
 from scoresolve.plans import Linear, Run
 from scoresolve.solvers.base import Solver
 from scoresolve.solvers.forms import Form, exponential_form, get_form
@@ -165,8 +165,8 @@ class Adams(Solver):
         start: str = "matched",
     ) -> None:
         order = whole_number("order", order, most=5)
-        if isinstance(variable, str) and variable not in ("clock", *VARIABLES):
-            raise UnknownNameError("variable", variable, ("clock", *VARIABLES))
+        if isinstance(variable, str):
+            known_name("variable", variable, ("clock", *VARIABLES))
         if corrector is not None and corrector not in (max(2, order), order + 1):
             raise ArgumentError(
                 f"a corrector of {corrector} slopes for {order}: choose None, "
@@ -199,7 +199,7 @@ class Adams(Solver):
         if corrector and past and not self._starting(len(run.past) - 1, run):
             x = x + self._correction(times, slopes, corrector, run)
         y = x / form.scale(run, t)
-        weights = self.predictor_weights(run, form, times[-nodes:], t, s)
+        weights = self.weights(run, form, times[-nodes:], t, s)
         for weight, slope in zip(weights[::-1], slopes[::-1], strict=False):  # newest first
             y = y + weight * slope
         noise = form.noise(run, t, s)
@@ -209,16 +209,13 @@ class Adams(Solver):
         """How many slopes predictor and corrector of a step take; 0 for no corrector."""
         return self.nodes, self.corrector or 0
 
-    def predictor_weights(
+    def weights(
         self, run: Run, form: Form, nodes: Sequence[float], t: float, s: float
     ) -> list[float]:
-        """Weights of the slopes at `nodes`, the last of which is t, over the step from t to s."""
-        return slope_weights(form, self.variable, run, nodes, t, s)
+        """Weights of the slopes at `nodes` over the step from t to s.
 
-    def corrector_weights(
-        self, run: Run, form: Form, nodes: Sequence[float], t: float, s: float
-    ) -> list[float]:
-        """The same once the slope at s, the last of `nodes`, is known."""
+        The last node is t for the predictor and s for the corrector.
+        """
         return slope_weights(form, self.variable, run, nodes, t, s)
 
     def _starting(self, known: int, run: Run) -> bool:
@@ -235,9 +232,9 @@ class Adams(Solver):
         """What the slope at the end of the last step, the newest, adds to the state there."""
         t, s = times[-2:]
         form, taken = self.form_at(run, t), self.slopes(run, run.index - 1)[0]
-        before = self.predictor_weights(run, form, times[:-1][-taken:], t, s)
+        before = self.weights(run, form, times[:-1][-taken:], t, s)
         before = [0.0] * (len(times) - 1 - len(before)) + before
-        after = self.corrector_weights(run, form, times[-corrector:], t, s)
+        after = self.weights(run, form, times[-corrector:], t, s)
         after = [0.0] * (len(times) - len(after)) + after
         gains = (new - old for new, old in zip(after, [*before, 0.0], strict=True))
         terms = (form.scale(run, s) * gain * k for gain, k in zip(gains, slopes, strict=True))
@@ -288,8 +285,7 @@ class DEIS(Adams):
 
     def __init__(self, order: int = 3, variable: str = "time", start: str = "matched") -> None:
         order = whole_number("order", order, most=4)
-        if variable not in ("time", "sigma", "log_snr"):
-            raise UnknownNameError("variable", variable, ("time", "sigma", "log_snr"))
+        known_name("variable", variable, ("time", "sigma", "log_snr"))
         super().__init__(order, get_form("eps"), variable, start=start)
         short = {"time": "t", "sigma": "rho", "log_snr": "lam"}[variable]
         self.name = f"deis_{short}ab{order}"

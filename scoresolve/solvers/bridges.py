@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torchsde import sdeint
 
-from scoresolve.errors import ArgumentError, Status, UnknownNameError, row_status
+from scoresolve.errors import ArgumentError, Status, known_name, row_status
 from scoresolve.noise import NoiseSource, Purpose
 from scoresolve.sde.base import TimeLike, expand
 from scoresolve.solvers.adaptive import BoundedDrift, CallLimit, unmoved
@@ -71,8 +71,7 @@ class TorchDiffEq(Integrator):
         max_calls: int = 100_000,
     ) -> None:
         orders = self.ADAPTIVE | self.FIXED
-        if method not in orders:
-            raise UnknownNameError("torchdiffeq method", method, orders)
+        known_name("torchdiffeq method", method, orders)
         if (steps is None) != (method in self.ADAPTIVE):
             needed = "leave steps out" if method in self.ADAPTIVE else "give steps, at least 1"
             raise ArgumentError(f"steps is {steps!r} for the method {method!r}: {needed}")
@@ -181,8 +180,7 @@ class TorchSDE(Integrator):
     def __init__(
         self, method: str = "euler", *, steps: int = 100, max_calls: int = 100_000
     ) -> None:
-        if method not in self.METHODS:
-            raise UnknownNameError("torchsde method", method, self.METHODS)
+        known_name("torchsde method", method, self.METHODS)
         _check_counts(steps=steps, max_calls=max_calls)
         self.name, self.method = f"torchsde_{method}", method
         self.steps, self.max_calls = steps, max_calls

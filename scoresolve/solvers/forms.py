@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 
 from scipy.optimize import brentq
 
-from scoresolve.errors import UnknownNameError, real_number
+from scoresolve.errors import known_name, real_number
 from scoresolve.plans import Linear, Run
 
 __all__ = [
@@ -151,8 +151,7 @@ def exponential_form(name: str, eta: float = 0.0) -> Form:
         UnknownNameError: another name.
         ArgumentError: another eta.
     """
-    if name not in ("x0", "eps"):
-        raise UnknownNameError("form", name, ("x0", "eps"))
+    name = known_name("form", name, ("x0", "eps"))
     return data_form(eta) if name == "x0" else noise_form(eta)
 
 
@@ -253,6 +252,4 @@ def get_form(name: str) -> Form:
     Raises:
         UnknownNameError: `name` is not in `FORMS`.
     """
-    if name not in FORMS:
-        raise UnknownNameError("form", name, FORMS)
-    return FORMS[name]
+    return FORMS[known_name("form", name, FORMS)]

@@ -10,10 +10,9 @@ with e or d a fixed (PNDM, iPNDM) or step-dependent (2M) mean of past prediction
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
-from scoresolve.errors import ArgumentError, UnknownNameError, real_number, whole_number
+from scoresolve.errors import ArgumentError, known_name, real_number, whole_number
 from scoresolve.plans import Linear, Run
 from scoresolve.solvers.adams import Adams, ExponentialAdams, midpoint_weights
 from scoresolve.solvers.base import Solver
@@ -58,11 +57,11 @@ class DPMSolverPP(ExponentialAdams):
         super().__init__(whole_number("order", order, most=3), "x0", start)
         self.name = f"dpmpp_{order}m"
 
-    def predictor_weights(
+    def weights(
         self, run: Run, form: Form, nodes: Sequence[float], t: float, s: float
     ) -> list[float]:
         if self.nodes != 2 or len(nodes) != 2:
-            return super().predictor_weights(run, form, nodes, t, s)
+            return super().weights(run, form, nodes, t, s)
         return midpoint_weights(run, form, nodes, s)
 
 
@@ -73,10 +72,10 @@ class UniPC(Adams):
     cancels wherever its linear system is solved; it matters where the published code puts 1/2 for
     the solution, in the predictor of two nodes and the corrector of two:
 
-        UniP-2   y_s = y_t + (tau_s - tau_t) m_t + c (m_t - m_previous) h/(2 h_previous),
-        UniC-1   y_s = y_t + (tau_s - tau_t) m_t + c (m_s - m_t)/2,
+        UniP-2   y_s = y_t + (tau_s - tau_t) m_t + b (m_t - m_previous) h/(2 h_previous),
+        UniC-1   y_s = y_t + (tau_s - tau_t) m_t + b (m_s - m_t)/2,
 
-    with c the scaled B_1 = h or B_2 = exp(h) - 1.
+    with b in units of tau: tau_s - tau_t for B_2 = exp(h) - 1, and h dtau/dlam at s for B_1 = h.
 
     Args:
         order: p, 1 to 4.
@@ -103,41 +102,25 @@ class UniPC(Adams):
         start: str = "matched",
     ) -> None:
         order = whole_number("order", order, most=4)
-        if variant not in ("bh1", "bh2"):
-            raise UnknownNameError("variant", variant, ("bh1", "bh2"))
         super().__init__(
             order, exponential_form(form), "log_snr", order + 1 if correct else None, start
         )
-        self.variant = variant
-        settings = (str(order), variant, form)
-        usual = ("3", "bh1", "x0")
-        parts = (value for value, default in zip(settings, usual, strict=True) if value != default)
-        self.name = "_".join(["uni_pc" if correct else "uni_p", *parts])
+        self.variant = known_name("variant", variant, ("bh1", "bh2"))
+        settings = zip((str(order), variant, form), ("3", "bh1", "x0"), strict=True)
+        named = (value for value, usual in settings if value != usual)
+        self.name = "_".join(["uni_pc" if correct else "uni_p", *named])
 
-    def predictor_weights(
+    def weights(
         self, run: Run, form: Form, nodes: Sequence[float], t: float, s: float
     ) -> list[float]:
-        if len(nodes) != 2:
-            return super().predictor_weights(run, form, nodes, t, s)
-        (before, now, after) = (run.log_snr_half(time) for time in (*nodes, s))
-        half = self._scaled_b(run, form, t, s) / 2 * (after - now) / (now - before)
-        return [-half, form.clock(run, s) - form.clock(run, t) + half]
-
-    def corrector_weights(
-        self, run: Run, form: Form, nodes: Sequence[float], t: float, s: float
-    ) -> list[float]:
-        if len(nodes) != 2:
-            return super().corrector_weights(run, form, nodes, t, s)
-        half = self._scaled_b(run, form, t, s) / 2
-        return [form.clock(run, s) - form.clock(run, t) - half, half]
-
-    def _scaled_b(self, run: Run, form: Form, t: float, s: float) -> float:
-        """B(h) in units of tau."""
-        after = run.log_snr_half(s)
-        sign = -1 if form.prediction == "x0" else 1
-        h = sign * (after - run.log_snr_half(t))
-        b = h if self.variant == "bh1" else math.expm1(h)
-        return -b * math.exp(-sign * after)
+        if len(nodes) != 2 or form.clock_rate is None:
+            return super().weights(run, form, nodes, t, s)
+        first, last, start, end = (run.log_snr_half(time) for time in (*nodes, t, s))
+        b = length = form.clock(run, s) - form.clock(run, t)
+        if self.variant == "bh1":
+            b = form.clock_rate(end) * (end - start)
+        extra = b / 2 * (end - start) / (last - first)
+        return [-extra, length + extra] if nodes[-1] == t else [length - extra, extra]
 
 
 class IPNDM(Solver):

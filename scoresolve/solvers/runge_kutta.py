@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from scoresolve.errors import UnknownNameError
+from scoresolve.errors import known_name
 from scoresolve.plans import Linear, Run
 from scoresolve.sde import GaussianSDE
 from scoresolve.solvers.base import Solver
@@ -89,9 +89,8 @@ class RungeKutta(Solver):
     """
 
     def __init__(self, method: str = "heun", form: str = "eps") -> None:
-        if method not in _TABLEAUS:
-            raise UnknownNameError("Runge-Kutta method", method, _TABLEAUS)
-        self.tableau, self.form = _TABLEAUS[method], get_form(form)
+        self.tableau = _TABLEAUS[known_name("Runge-Kutta method", method, _TABLEAUS)]
+        self.form = get_form(form)
         self.name = method if form == "eps" else f"{method}_{form}"
         self.predicts, self.order = self.form.prediction, self.tableau.order
         self.source = self.tableau.source

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from scoresolve.errors import ArgumentError, UnknownNameError, real_number, whole_number
+from scoresolve.errors import ArgumentError, known_name, real_number, whole_number
 from scoresolve.plans import Run
 from scoresolve.solvers.adams import Adams, midpoint_weights
 from scoresolve.solvers.forms import Form, check_eta, data_form, phi_form
@@ -50,8 +50,7 @@ class SDEDPMSolverPP(Adams):
 
     def __init__(self, order: int = 2, variant: str = "midpoint", eta: float = 1.0) -> None:
         order = whole_number("order", order, least=2, most=3)
-        if variant not in ("midpoint", "heun"):
-            raise UnknownNameError("variant", variant, ("midpoint", "heun"))
+        known_name("variant", variant, ("midpoint", "heun"))
         if (order, variant) == (3, "heun"):
             raise ArgumentError("variant = 'heun' is of order 2: order 3 has the exact integral")
         form = data_form(real_number("eta", eta, above=0))
@@ -60,11 +59,11 @@ class SDEDPMSolverPP(Adams):
         suffix = "_heun" * (variant == "heun") + ("" if eta == 1 else f"(eta={eta:g})")
         self.name = f"dpmpp_{order}m_sde{suffix}"
 
-    def predictor_weights(
+    def weights(
         self, run: Run, form: Form, nodes: Sequence[float], t: float, s: float
     ) -> list[float]:
         if len(nodes) != 2 or self.variant == "heun" or self.nodes == 3:
-            return super().predictor_weights(run, form, nodes, t, s)
+            return super().weights(run, form, nodes, t, s)
         return midpoint_weights(run, form, nodes, s)
 
 

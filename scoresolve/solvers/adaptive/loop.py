@@ -24,7 +24,7 @@ from scoresolve.errors import (
     ArgumentError,
     ModelWarning,
     Status,
-    UnknownNameError,
+    known_name,
     real_number,
     row_status,
     whole_number,
@@ -163,8 +163,8 @@ class Adaptive(Integrator):
             raise ArgumentError(f"event = {event!r}: give a function of x and t")
         if self.safety == 1:
             raise ArgumentError("safety = 1: give a factor below 1")
-        if coordinates not in (None, *COORDINATES):
-            raise UnknownNameError("coordinates", str(coordinates), COORDINATES)
+        if coordinates is not None:
+            known_name("coordinates", coordinates, COORDINATES)
         if coordinates not in (None, *self.possible_coordinates):
             raise ArgumentError(
                 f"coordinates = {coordinates!r}: {type(self).__name__} is written in coordinates "
