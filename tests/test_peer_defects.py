@@ -1,9 +1,7 @@
 """Defects of other libraries, each shown in theirs and shown to be absent here.
 
-For data N(0, v) every sampler is affine, x_0 = A x_T + sum_j b_j z_j, so feeding unit vectors as
-the start and as the draws gives A and all b_j in one run, and with them the exact variance of what
-it samples. Orders are slopes over several halvings of the step. Where a peer has mended a defect
-its test is skipped and says so.
+Where a peer has mended a defect its test is skipped and says so. Published code that nobody has
+packaged is in `test_unpackaged_defects.py`.
 """
 
 from __future__ import annotations
@@ -12,32 +10,33 @@ import importlib
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from exact_errors import (
+    F64,
+    HALVED,
+    INSIDE,
+    VARIANCE,
+    Run,
+    errors,
+    model_of,
+    our,
+    slope,
+    std,
+    variance_of,
+)
 from torch import Tensor
 
 import scoresolve as ss
 from benchmarks.peers import PEERS, installed, k_sampling, quiet_scheduler
 from scoresolve.errors import ShapeError, Status
-from scoresolve.noise import CallableNoise, Philox
+from scoresolve.noise import Philox
 from scoresolve.sde import EDM, VP, DiscreteVP, GaussianSDE, RectifiedFlow
-from scoresolve.solvers import DormandPrince, LangevinCorrector, SASolver, get_solver
-
-F64 = torch.float64
-VARIANCE = 0.25
-Run = Callable[[Sequence[float], Tensor, Any], Tensor]
-
-
-def model_of(sde: GaussianSDE, variance: float = VARIANCE) -> ss.Model:
-    return ss.targets.gaussian([0.0], [variance]).score_model(sde)
-
-
-def std(sde: GaussianSDE, t: float, variance: float = VARIANCE) -> float:
-    return math.hypot(float(sde.alpha(t)) * math.sqrt(variance), float(sde.sigma(t)))
+from scoresolve.solvers import DormandPrince, LangevinCorrector, get_solver
 
 
 def need(library: str) -> None:
@@ -50,53 +49,12 @@ def peer(name: str, sde: GaussianSDE) -> Run:
     return lambda times, x, noise: PEERS[name].run(model_of(sde), sde, times, x, noise)
 
 
-def our(name: str, sde: GaussianSDE) -> Run:
-    return lambda times, x, noise: ss.plan(name, sde, times).run(
-        model_of(sde), x, CallableNoise(noise)
-    )
-
-
-def variance_of(run: Run, sde: GaussianSDE, times: Sequence[float]) -> float:
-    """Exact variance of the samples at `times[-1]`, over the true one."""
-    x = torch.zeros(4 * len(times), 1, dtype=F64)
-    x[0] = std(sde, times[0])
-    row = itertools.count(1)
-
-    def unit(like: Tensor, t: float, s: float) -> Tensor:
-        z = torch.zeros_like(like)
-        z[next(row)] = 1.0
-        return z
-
-    return float(run(times, x, unit).square().sum()) / std(sde, times[-1]) ** 2
-
-
-def errors(
-    run: Run,
-    sde: GaussianSDE,
-    steps: Sequence[int],
-    grid: str = "log_snr",
-    ends: tuple[float | None, float | None] = (None, None),
-) -> list[float]:
-    """Relative errors of the variance at several numbers of steps."""
-    grids = (ss.make_grid(grid, sde, n, *ends).times for n in steps)
-    return [abs(variance_of(run, sde, times) - 1) for times in grids]
-
-
-def slope(found: Sequence[float], steps: Sequence[int]) -> float:
-    """Order of accuracy between the first and the last of the errors."""
-    return math.log(found[0] / found[-1]) / math.log(steps[-1] / steps[0])
-
-
 def skip_if_mended(mended: bool, library: str) -> None:
     if mended:
         pytest.skip(f"the installed {library} has mended this")
 
 
 # --- orders --------------------------------------------------------------------------------------
-
-INSIDE = (0.5, 0.1)
-"""Times of VP between which every step matters."""
-HALVED = (40, 80, 160)
 
 
 @pytest.mark.parametrize("order", [2, 3])
@@ -179,65 +137,6 @@ def test_diffusers_sde_solver_of_order_three_is_worse_than_order_two() -> None:
     assert slope(three[-2:], steps[-2:]) > 1.8
 
 
-def combined(p: Sequence[float], a: Tensor, d: Sequence[Tensor]) -> Tensor:
-    """sum_k p_k sum_i a_ki d_i."""
-    weights = torch.tensor(p, dtype=F64) @ a
-    return sum((w * term for w, term in zip(weights, d, strict=True)), torch.zeros((), dtype=F64))
-
-
-def unipc_vary_coeff(complete: bool, order: int = 3) -> Run:
-    """The official "vary_coeff" update on x0, with D_i = (m_i - m_0)/r_i, D_K = m_s - m_0, and
-
-        x_s = sigma_s/sigma_t x_t - alpha_s (e^-h - 1) m_0 - alpha_s sum_k p_k sum_i A_ki D_i,
-
-    A the inverse of r_i^(k-1)/k! and p_k = p_(k-1)/(-h) - 1/k!, p_0 = e^-h - 1. The published
-    corrector leaves out k = K, and all terms of D_K but one, in which the indices do not agree.
-    """
-
-    def run(times: Sequence[float], x: Tensor, noise: Any) -> Tensor:
-        sde, model = VP(), model_of(VP())
-        lam = {t: float(sde.log_snr(t)) / 2 for t in times}
-        past = [(lam[times[0]], model.predict("x0", x, times[0]))]
-        for t, s in itertools.pairwise(times):
-            (now, m), h = past[0], lam[s] - lam[t]
-            r = [(node - now) / h for node, _ in past[1:order]] + [1.0]
-            last, p = len(r), [math.expm1(-h)]
-            for k in range(len(r)):
-                p.append(p[-1] / -h - 1 / math.factorial(k + 1))
-            powers = [[ri**k / math.factorial(k + 1) for k in range(last)] for ri in r]
-            c = torch.tensor(powers, dtype=F64)
-            d = [(old - m) / ri for (_, old), ri in zip(past[1:order], r, strict=False)]
-            a, alpha = torch.linalg.inv(c), float(sde.alpha(s))
-            base = float(sde.sigma(s) / sde.sigma(t)) * x - alpha * p[0] * m
-            x = base - alpha * combined(p[1:-1], torch.linalg.inv(c[:-1, :-1]), d)
-            if s == times[-1]:
-                break
-            ahead = model.predict("x0", x, s)
-            d.append(ahead - m)
-            if complete:
-                x = base - alpha * combined(p[1:], a, d)
-            else:
-                x = base - alpha * combined(p[1:-1], a[:-1, :-1], d[:-1])
-                x = x - alpha * p[last] * a[max(last - 2, 0), -1] * d[-1]
-            past = [(lam[s], ahead), *past][:order]
-        return x
-
-    return run
-
-
-def test_unipc_vary_coeff_has_order_one_as_its_corrector_sum_is_incomplete() -> None:
-    """With the whole sum it is the exact polynomial in log-SNR, as SA-Solver without noise has it;
-    our UniPC has the whole sum, and a start that keeps its order 4.
-    """
-    found = errors(unipc_vary_coeff(complete=False), VP(), HALVED, ends=INSIDE)
-    assert slope(found, HALVED) == pytest.approx(1.0, abs=0.1)
-    x, times = torch.ones(1, 1, dtype=F64), ss.make_grid("log_snr", VP(), 8, *INSIDE).times
-    ours = ss.plan(SASolver(tau=0.0), VP(), times).run(model_of(VP()), x)
-    mended = unipc_vary_coeff(complete=True)(times, x, None)
-    torch.testing.assert_close(ours, mended, rtol=1e-10, atol=0.0)
-    assert slope(errors(our("uni_pc", VP()), VP(), HALVED, ends=INSIDE), HALVED) > 3.8
-
-
 def test_stochastic_flow_matching_converges_to_half_the_variance() -> None:
     sde, steps = RectifiedFlow(T=0.999), (40, 160, 640)
     run = peer("diffusers flow_match_euler(stochastic)", sde)
@@ -246,43 +145,6 @@ def test_stochastic_flow_matching_converges_to_half_the_variance() -> None:
     assert found[-1] == pytest.approx(0.5, abs=0.02)
     ours = errors(our("flow_sde", sde), sde, steps, "uniform")
     assert ours[-1] < 0.01
-
-
-def score_sde(kind: str, steps: int) -> Tensor:
-    """One sample by the VP predictors of score_sde at N times, beta from .1/N to 20/N.
-
-    ancestral            x <- (x + beta score)/sqrt(1 - beta) + sqrt(beta) z,
-    reverse diffusion    x <- (2 - sqrt(1 - beta)) x + beta score + sqrt(beta) z.
-    """
-    model, x = model_of(VP()), torch.ones(1, 1, dtype=F64)
-    betas = torch.linspace(0.1 / steps, 20.0 / steps, steps, dtype=F64)
-    for i, t in enumerate(torch.linspace(1.0, 1e-3, steps, dtype=F64)):
-        beta = betas[int(t * (steps - 1))]
-        score, z = model(x, t), Philox(0).normal(x, i)
-        if kind == "ancestral":
-            x = (x + beta * score) / (1 - beta).sqrt()
-        else:
-            x = (2 - (1 - beta).sqrt()) * x + beta * score
-        x = x + beta.sqrt() * z
-    return x
-
-
-@pytest.mark.parametrize(
-    ("kind", "ours"), [("ancestral", "ddpm"), ("reverse diffusion", "reverse_diffusion")]
-)
-def test_score_sde_is_not_a_number_where_beta_max_is_more_than_the_steps(
-    kind: str, ours: str
-) -> None:
-    """beta_max = 20: its 1 - beta is below 0 for N < 20, and 0 at N = 20."""
-    for steps in range(2, 21):
-        if steps < 20 or kind == "ancestral":
-            assert not math.isfinite(score_sde(kind, steps))
-        times = ss.make_grid("uniform", VP(), steps).times
-        assert math.isfinite(variance_of(our(ours, VP()), VP(), times))
-        for solver in (ours, "pc"):
-            out = ss.sample(model_of(VP()), VP(), shape=(4, 1), solver=solver, grid=times)
-            assert bool(out.ok.all())
-    assert math.isfinite(score_sde(kind, 30))
 
 
 # --- integer timesteps, in the library's own float32 ---------------------------------------------
