@@ -26,10 +26,10 @@ from scoresolve.errors import (
     row_status,
     whole_number,
 )
-from scoresolve.models import Model, NetworkModel, check_output, combine, conversion
+from scoresolve.models import Model, NetworkModel, check_output
 from scoresolve.noise import NoiseSource, Purpose
 from scoresolve.plans import Plan, StepReport, check_state
-from scoresolve.sde import SDE, GaussianSDE, SchedulePoint
+from scoresolve.sde import SDE, GaussianSDE
 from scoresolve.solvers import GaussianFlow, Integrator, Solution
 
 __all__ = [
@@ -235,21 +235,12 @@ class IntegratorEngine(Engine):
     def _flow(self, model: Model, cond: dict[str, Any], batch: int) -> GaussianFlow | None:
         if not isinstance(self.sde, GaussianSDE):
             return None
-        sde = self.sde
-        source, function = model.bind("v")
+        prediction, function = model.bind("v")
 
-        def mix(x: Tensor, t: Tensor, rows: Tensor, p: Tensor, q: Tensor) -> Tensor:
-            m = function(x, t, **split_cond(cond, rows, batch))
-            check_output(m, x)
-            time = t.double().cpu()
-            if source == "flow":  # alone it needs how the schedule moves
-                at = sde.point(time)
-            else:
-                at = SchedulePoint(sde.alpha(time), sde.sigma(time), math.nan, math.nan)
-            u, w = conversion(source, (p, q), at)
-            return combine(u, x, w, m, time)
+        def predict(x: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+            return function(x, t, **split_cond(cond, rows, batch))
 
-        return GaussianFlow(sde, model.data_scale or 1.0, mix)
+        return GaussianFlow(self.sde, model.data_scale or 1.0, prediction, predict)
 
     def _denoised(self, model: Model, part: Part, cond: dict[str, Any]) -> Part:
         """The samples that arrived, after a last call to sigma = 0.

@@ -84,9 +84,7 @@ def prediction_rows(prediction: Prediction, at: SchedulePoint) -> tuple[Number, 
 
 
 def _ratio(numerator: Number, denominator: Number) -> Number:
-    if isinstance(denominator, Tensor) or isinstance(numerator, Tensor):
-        return numerator / denominator
-    if denominator == 0:
+    if isinstance(denominator, float) and isinstance(numerator, float) and denominator == 0:
         return 0.0 if numerator == 0 else math.copysign(math.inf, numerator)
     return numerator / denominator
 
@@ -105,7 +103,7 @@ def conversion(
         target_at: the schedule of the target prediction, at the same log-SNR; `at` if omitted.
 
     Returns:
-        u and w, numbers or tensors as in `at`.
+        u and w, numbers, tensors or arrays as in `at`.
 
     Raises:
         UnknownNameError: a name is not in `PREDICTIONS`.

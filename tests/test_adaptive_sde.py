@@ -7,6 +7,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,7 +18,7 @@ import scoresolve as ss
 from scoresolve.errors import ArgumentError, Status
 from scoresolve.models import Model
 from scoresolve.noise import BrownianPath, Philox
-from scoresolve.sde import GaussianSDE
+from scoresolve.sde import GaussianSDE, expand
 from scoresolve.solvers import AdaptiveSDE, GottaGoFast
 from scoresolve.solvers.adaptive import Adaptive
 from scoresolve.solvers.adaptive.rows import lift
@@ -47,7 +48,7 @@ def gaussian_model(sde: GaussianSDE, variance: float) -> Model:
 
     def x0(x: Tensor, t: Tensor) -> Tensor:
         alpha, sigma = sde.alpha(t.double()), sde.sigma(t.double())
-        return lift(alpha * variance / (alpha**2 * variance + sigma**2), x) * x
+        return expand(alpha * variance / (alpha**2 * variance + sigma**2), x, t) * x
 
     x0.data_scale = math.sqrt(variance)  # type: ignore[attr-defined]
     return ss.from_x0(x0, sde)
@@ -183,9 +184,9 @@ def test_one_point_of_data_is_reached_along_the_path_whatever_the_steps(
 class Wary:
     """Refuses a step for the size of its noise alone."""
 
-    def trial(self, way: Any, rows: Any, u: Tensor, h: Tensor) -> Any:
+    def trial(self, way: Any, rows: Any, u: Any, h: Any) -> Any:
         trial = super().trial(way, rows, u, h)  # type: ignore[misc]
-        kept = way.snr(rows.u) / way.snr(u) if hasattr(way, "snr") else torch.ones_like(u)
+        kept = way.snr(rows.u) / way.snr(u) if hasattr(way, "snr") else np.ones_like(u)
         return trial._replace(errors=(trial.y - lift(kept, rows.y) * rows.y)[None])
 
 
@@ -195,9 +196,9 @@ class Forgetful(Wary):
     def way(self, *args: Any) -> Any:
         way, generator = super().way(*args), torch.Generator().manual_seed(1)  # type: ignore[misc]
 
-        def fresh(rows: Any, t: Tensor, s: Tensor) -> Tensor:
+        def fresh(rows: Any, t: Any, s: Any) -> Tensor:
             z = torch.randn(rows.y.shape, generator=generator, dtype=F64)
-            return lift((s - t).abs().sqrt(), z) * z
+            return lift(np.sqrt(np.abs(s - t)), z) * z
 
         if hasattr(way, "snr"):
             way.increment = lambda rows, u: fresh(rows, way.snr(rows.u), way.snr(u))
@@ -216,7 +217,7 @@ def pure_noise(kind: type[Adaptive], habit: type) -> tuple[Tensor, Tensor]:
         ends = found.x, path.increment(x, 1.0, 0.0)
     else:
         sde = ss.EDM()
-        flow, path = GaussianFlow(sde, 1e-3, lambda x, *_: 0 * x), snr_path(sde, 4)
+        flow, path = GaussianFlow(sde, 1e-3, "x0", lambda x, *_: 0 * x), snr_path(sde, 4)
         x = start(sde, n, 1, variance=0.0)
         found = solver.solve(lambda *_: x, x, sde.T, sde.t_min, noise=noise, flow=flow)
         exact = (path.t0 * x + path.increment(x, path.t0, path.t1)) / path.t1

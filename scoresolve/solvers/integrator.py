@@ -55,13 +55,14 @@ class GaussianFlow:
     Attributes:
         sde: the process.
         scale: noise level sigma/alpha where the modes of the data part, `Model.data_scale`.
-        mix: callable (x [b, *event], t [b], rows [b], p [b], q [b]) -> p x0 + q eps, the model's
-            estimates of the clean data and the noise.
+        prediction: what the model predicts, a name of `scoresolve.models.PREDICTIONS`.
+        predict: callable (x [b, *event], t [b], rows [b]) -> that prediction, shape of `x`.
     """
 
     sde: GaussianSDE
     scale: float
-    mix: Callable[..., Tensor]
+    prediction: str
+    predict: RowDrift
 
 
 class Integrator(ABC):

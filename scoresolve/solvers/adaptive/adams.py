@@ -21,12 +21,11 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from scoresolve.errors import whole_number
 from scoresolve.solvers.adaptive.coordinates import Coordinates
 from scoresolve.solvers.adaptive.loop import Adaptive, Trial
-from scoresolve.solvers.adaptive.rows import Rows, lift, power
+from scoresolve.solvers.adaptive.rows import Numbers, Rows, lifted
 
 __all__ = ["AdaptiveAdams"]
 
@@ -73,76 +72,72 @@ class AdaptiveAdams(Adaptive):
         self.most = whole_number("order", order, 1, 5)
         self.order = float(self.most)
 
-    def memory(self, way: Coordinates, rows: Rows) -> tuple[Tensor, ...]:
+    def memory(self, way: Coordinates, rows: Rows) -> tuple[Any, ...]:
         """Order, number of slopes known, their places [b, q] and differences [b, q, *event]."""
-        one, kept = torch.ones_like(rows.place), self.most + 1
+        one, kept = np.ones_like(rows.place), self.most + 1
         rest = torch.zeros_like(rows.slope)[:, None].expand(-1, kept - 1, *rows.slope.shape[1:])
         differences = torch.cat([rows.slope[:, None], rest], 1)
-        return one, one, rows.u[:, None].repeat(1, kept), differences
+        return one, one, rows.u[:, None].repeat(kept, 1), differences
 
-    def trial(self, way: Coordinates, rows: Rows, u: Tensor, h: Tensor) -> Trial:
+    def trial(self, way: Coordinates, rows: Rows, u: Numbers, h: Numbers) -> Trial:
         order, known, places, differences = rows.memory
-        old, slots = differences.unbind(1), torch.arange(self.most + 1)
+        old, slots, every = differences.unbind(1), np.arange(self.most + 1), np.arange(len(u))
         ahead, g = u[:, None] - places, _integrals(places, rows.u, h)
-        shares = _columns(torch.where(slots < order[:, None], g[:, :-1], 0.0), old[0])
+        near, far = order.max(), known.max()
+        shares = np.where(slots < order[:, None], g[:, :-1], 0.0)[:, :near]
+        inverse = np.where(slots < known[:, None], 1 / ahead, 0.0)[:, :far]
+        orders = np.stack((order, np.maximum(order - 1, 1), order + 1))
+        off = (g[:, 1:] - ahead * g[:, :-1])[every, orders - 1]
+        weights = lifted((*shares.T, *inverse.T, g[every, order], *off), rows.y)
+
         y = rows.y
-        for j in range(int(order.max())):
-            y = y + shares[j] * old[j]
+        for weight, difference in zip(weights[:near], old, strict=False):
+            y = y + weight * difference
         slope = way.slope(y, u, rows.place)
-        inverse = _columns(torch.where(slots < known[:, None], 1 / ahead, 0.0), old[0])
         new = [slope]
-        for j in range(int(known.max())):
-            new.append((new[-1] - old[j]) * inverse[j])
+        for weight, difference in zip(weights[near : near + far], old, strict=False):
+            new.append((new[-1] - difference) * weight)
         new += [torch.zeros_like(slope)] * (self.most + 2 - len(new))
         found = torch.stack(new, 1)
+        top = found[torch.from_numpy(every).to(y.device), torch.from_numpy(orders).to(y.device)]
+        y = y + weights[-4] * top[0]
+        errors = torch.stack(weights[-3:]) * top
+        places = np.concatenate((u[:, None], places[:, :-1]), 1)
+        memory = (order, np.minimum(known + 1, self.most + 1), places, found[:, :-1])
+        return Trial(y, slope, errors, memory)
 
-        orders = torch.stack((order, (order - 1).clamp(min=1), order + 1))
-        every = torch.arange(len(order))
-        top = found[every.to(y.device), orders.to(y.device)]
-        off = (g[:, 1:] - ahead * g[:, :-1])[every, orders - 1]
-        y = y + lift(g[every, order], y) * top[0]
-        errors = off.to(y).reshape(3, -1, *(1,) * (y.ndim - 1)) * top
-        known = (known + 1).clamp(max=self.most + 1)
-        places = torch.cat([u[:, None], places[:, :-1]], 1)
-        return Trial(y, slope, errors, (order, known, places, found[:, :-1]))
-
-    def judge(self, rows: Rows, errors: Tensor) -> Tensor:
+    def judge(self, rows: Rows, errors: Numbers) -> Numbers:
         """The errors of the order, the one below and the one above, infinite if there is none."""
         order, known = rows.memory[:2]
-        there = torch.stack((order > 0, order > 1, (order < known) & (order < self.most)))
-        return errors.masked_fill(~there, math.inf)
+        there = np.stack((order > 0, order > 1, (order < known) & (order < self.most)))
+        return np.where(there, errors, math.inf)
 
-    def first_steps(self, way: Coordinates, rows: Rows) -> Tensor:
+    def first_steps(self, way: Coordinates, rows: Rows) -> Numbers:
         """A twentieth of the way where the coordinates are scaled to the data."""
         if way.unit(rows.u) is None:
             return super().first_steps(way, rows)
-        return torch.full_like(rows.u, _FIRST * way.length)
+        return np.full_like(rows.u, _FIRST * way.length)
 
-    def resize(self, rows: Rows, errors: Tensor, accept: Tensor) -> tuple[Tensor, Rows]:
+    def resize(self, rows: Rows, errors: Numbers, accept: Numbers) -> tuple[Numbers, Rows]:
         """The order that allows the longest next step, and that step; higher only if accepted."""
-        order, known, *kept = rows.memory
-        sound = errors.clamp(1e-10, 1e30)
-        factor, best = self.safety * power(sound[0], -1.0 / (order + 1)), order
-        for error, other in ((sound[1], order - 1), (sound[2], order + 1)):
-            step = self.safety * power(error, -1.0 / (other + 1).clamp(min=1))
-            better = (step > factor) & (accept | (other < order))
-            factor, best = torch.where(better, step, factor), torch.where(better, other, best)
-        least, most = torch.where(accept, 0.2, 0.1), torch.where(accept, _GROWTH, 0.9)
-        return factor.minimum(most).maximum(least), rows._replace(memory=(best, known, *kept))
+        order = rows.memory[0]
+        orders = np.stack((order, order - 1, order + 1))
+        steps = errors.clip(1e-10, 1e30) ** (-1.0 / np.maximum(orders + 1, 1))
+        factor, best = steps[0], order
+        for step, other, allowed in zip(steps[1:], orders[1:], (True, accept), strict=True):
+            better = (step > factor) & allowed
+            factor, best = np.where(better, step, factor), np.where(better, other, best)
+        least, most = np.where(accept, 0.2, 0.1), np.where(accept, _GROWTH, 0.9)
+        factor = np.maximum(np.minimum(self.safety * factor, most), least)
+        return factor, rows._replace(memory=(best, *rows.memory[1:]))
 
 
-def _columns(weights: Tensor, like: Tensor) -> tuple[Tensor, ...]:
-    """Columns of weights [b, q], each shaped to multiply `like` [b, *event]."""
-    shaped = weights.to(like).reshape(*weights.shape, *(1,) * (like.ndim - 1))
-    return shaped.unbind(1)
-
-
-def _integrals(places: Tensor, start: Tensor, h: Tensor) -> Tensor:
-    """g_0 to g_q [b, q + 1] of places [b, q], by Gauss's rule of four points: exact for q <= 7."""
-    nodes, first, length = places.numpy(), start.numpy()[:, None], h.numpy()[:, None]
+def _integrals(nodes: Numbers, start: Numbers, h: Numbers) -> Numbers:
+    """g_0 to g_q [b, q + 1] of nodes [b, q], by Gauss's rule of four points: exact for q <= 7."""
+    first, length = start[:, None], h[:, None]
     u, product = first + length * (0.5 + _POINTS), length * _SHARES
     columns = [product]
     for j in range(nodes.shape[1]):
         columns.append(columns[-1] * (u - nodes[:, j : j + 1]))
     terms = np.stack(columns, 1)
-    return torch.from_numpy((terms[..., 0] + terms[..., 1]) + (terms[..., 2] + terms[..., 3]))
+    return (terms[..., 0] + terms[..., 1]) + (terms[..., 2] + terms[..., 3])

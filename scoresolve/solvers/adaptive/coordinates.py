@@ -18,17 +18,20 @@ which is regular at alpha = 0 and at sigma = 0. y is measured in units of the da
 from __future__ import annotations
 
 import math
+import sys
 from abc import ABC, abstractmethod
-from typing import Final
+from typing import Any, Final, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from scoresolve.errors import ArgumentError
-from scoresolve.sde import GaussianSDE
+from scoresolve.models import conversion
+from scoresolve.sde import GaussianSDE, SchedulePoint
 from scoresolve.solvers.adaptive.drift import BoundedDrift
 from scoresolve.solvers.adaptive.points import Point, hermite
-from scoresolve.solvers.adaptive.rows import lift, padded
+from scoresolve.solvers.adaptive.rows import Numbers, lift, lifted, padded
 from scoresolve.solvers.integrator import GaussianFlow, RowDrift
 from scoresolve.solvers.scaled import TURN, B, C
 
@@ -36,7 +39,7 @@ __all__ = ["COORDINATES", "Coordinates", "check_ends", "coordinates_for"]
 
 
 class Coordinates(ABC):
-    """One problem in its coordinates; times and u are float64 on the host.
+    """One problem in its coordinates; times and u are float64 numbers on the host.
 
     Attributes:
         start, end: the interval of u.
@@ -56,7 +59,7 @@ class Coordinates(ABC):
         return abs(self.end - self.start)
 
     @abstractmethod
-    def time(self, u: Tensor) -> Tensor:
+    def time(self, u: Numbers) -> Numbers:
         """t at u [b]."""
 
     @abstractmethod
@@ -64,10 +67,10 @@ class Coordinates(ABC):
         """u at time t."""
 
     @abstractmethod
-    def slope(self, y: Tensor, u: Tensor, place: Tensor) -> Tensor:
+    def slope(self, y: Tensor, u: Numbers, place: Numbers) -> Tensor:
         """dy/du at states [b, *event], for one call."""
 
-    def state(self, y: Tensor, u: Tensor) -> Tensor:
+    def state(self, y: Tensor, u: Numbers) -> Tensor:
         """x of y."""
         return y
 
@@ -75,11 +78,11 @@ class Coordinates(ABC):
         """y of x at the start."""
         return x
 
-    def unit(self, u: Tensor) -> Tensor | None:
+    def unit(self, u: Numbers) -> Numbers | None:
         """The factor on y that makes errors comparable, [b]; None for 1."""
         return None
 
-    def between(self, now: Point, new: Point, before: Point, u: Tensor) -> Tensor:
+    def between(self, now: Point, new: Point, before: Point, u: Numbers) -> Tensor:
         """y at u [b] within the step from `now` to `new`, given the point `before` it.
 
         The polynomial of degree 5 through the three, or on a first step, which has no point before,
@@ -87,23 +90,34 @@ class Coordinates(ABC):
         """
         return hermite((now, new, before), u)
 
-    def least_step(self, u: Tensor) -> Tensor:
+    @property
+    def least_step(self) -> float:
         """A step of a few ulp, below which the stages' times are no longer distinct."""
-        return 16 * torch.finfo(u.dtype).eps * u.abs().clamp(min=max(abs(self.end), self.length))
+        return 16 * sys.float_info.epsilon * (abs(self.end) + self.length)
 
 
 class Time(Coordinates):
     def __init__(self, drift: BoundedDrift, t_start: float, t_end: float) -> None:
         self.drift, self.start, self.end = drift, t_start, t_end
 
-    def time(self, u: Tensor) -> Tensor:
+    def time(self, u: Numbers) -> Numbers:
         return u
 
     def clock(self, t: float) -> float:
         return t
 
-    def slope(self, y: Tensor, u: Tensor, place: Tensor) -> Tensor:
-        return self.drift(y, self.drift.times(u), place)
+    def slope(self, y: Tensor, u: Numbers, place: Numbers) -> Tensor:
+        return self.drift(y, self.drift.times(u), torch.from_numpy(place))
+
+
+class _Schedule(NamedTuple):
+    """At some u: the time, x/y, the unit of y, and the shares of x and the prediction in dy/du."""
+
+    t: Numbers
+    size: Numbers
+    unit: Numbers
+    of_state: Numbers
+    of_prediction: Numbers
 
 
 class _Gaussian(Coordinates):
@@ -115,64 +129,76 @@ class _Gaussian(Coordinates):
         self.drift, self.sde, self.scale = drift, flow.sde, flow.scale
         self.t_start, self.t_end = self._ends = t_start, t_end
         self.start, self.end = self.clock(t_start), self.clock(t_end)
-        self._seen: tuple[Tensor, Tensor] | None = None
+        self.prediction = flow.prediction
+        self._known: tuple[Numbers, _Schedule] | None = None
 
     @abstractmethod
-    def size(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+    def size(self, alpha: Numbers, sigma: Numbers) -> Numbers:
         """x/y."""
 
     @abstractmethod
-    def mix(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """p and q of the slope."""
+    def mix(self, alpha: Numbers, sigma: Numbers, size: Numbers) -> tuple[Numbers, Numbers]:
+        """p and q of the slope, given x/y."""
 
     @abstractmethod
     def log_snr(self, u: Tensor) -> Tensor: ...
 
-    def schedule(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """t, alpha and sigma at u [b]; kept for the last u asked for."""
-        if self._seen is None or self._seen[0] is not u:
+    def schedule(self, u: Numbers) -> _Schedule:
+        """What depends on u [b] alone; kept for the last u asked for."""
+        if self._known is None or self._known[0] is not u:
+            self._known = u, self._schedule(u)
+        return self._known[1]
 
-            def at(u: Tensor) -> Tensor:
-                t = self.sde.time_from_log_snr(self.log_snr(u))
-                t = torch.where(u == self.start, self.t_start, t)
-                t = torch.where(u == self.end, self.t_end, t).clamp(*sorted(self._ends))
-                return torch.stack((t, self.sde.alpha(t), self.sde.sigma(t)))
+    def _schedule(self, u: Numbers) -> _Schedule:
+        def at(u: Tensor) -> Tensor:
+            t = self.sde.time_from_log_snr(self.log_snr(u))
+            t = torch.where(u == self.start, self.t_start, t)
+            t = torch.where(u == self.end, self.t_end, t).clamp(*sorted(self._ends))
+            seen = self.drift.rounded(t).double()  # the model's own time, which its answer is of
+            if self.prediction == "flow":  # alone it needs how the schedule moves
+                return torch.stack((t, *map(torch.as_tensor, self.sde.point(seen))))
+            nothing = torch.full_like(t, math.nan)
+            return torch.stack((t, self.sde.alpha(seen), self.sde.sigma(seen), nothing, nothing))
 
-            self._seen = u, padded(at, u)
-        t, alpha, sigma = self._seen[1]
-        return t, alpha, sigma
+        t, alpha, sigma, *rates = padded(at, u)
+        size, typical = self.size(alpha, sigma), np.hypot(sigma, self.scale * alpha)
+        mix: Any = self.mix(alpha, sigma, size)
+        with np.errstate(divide="ignore", invalid="ignore"):  # where the answer cannot tell
+            shares: Any = conversion(self.prediction, mix, SchedulePoint(alpha, sigma, *rates))
+        return _Schedule(t, size, size / typical, *shares)
 
-    def time(self, u: Tensor) -> Tensor:
-        return self.schedule(u)[0]
+    def time(self, u: Numbers) -> Numbers:
+        return self.schedule(u).t
 
-    def slope(self, y: Tensor, u: Tensor, place: Tensor) -> Tensor:
-        t, alpha, sigma = self.schedule(u)
-        x = lift(self.size(alpha, sigma), y) * y
-        return self.drift(x, self.drift.times(t), place, *self.mix(alpha, sigma))
+    def slope(self, y: Tensor, u: Numbers, place: Numbers) -> Tensor:
+        at = self.schedule(u)
+        size, kept, gained = lifted((at.size, at.of_state, at.of_prediction), y)
+        x = size * y
+        prediction = self.drift(x, self.drift.times(at.t), torch.from_numpy(place))
+        return kept * x + gained * prediction
 
-    def state(self, y: Tensor, u: Tensor) -> Tensor:
-        return lift(self.size(*self.schedule(u)[1:]), y) * y
+    def state(self, y: Tensor, u: Numbers) -> Tensor:
+        return lift(self.schedule(u).size, y) * y
 
     def start_of(self, x: Tensor) -> Tensor:
-        u = torch.full((x.shape[0],), self.start, dtype=torch.float64)
-        return x / lift(self.size(*self.schedule(u)[1:]), x)
+        u = np.full(x.shape[0], self.start)
+        return x / lift(self.schedule(u).size, x)
 
-    def unit(self, u: Tensor) -> Tensor | None:
-        _, alpha, sigma = self.schedule(u)
-        typical = (sigma.square() + (self.scale * alpha).square()).sqrt()
-        return self.size(alpha, sigma) / typical
+    def unit(self, u: Numbers) -> Numbers | None:
+        return self.schedule(u).unit
 
 
 class Scaled(_Gaussian):
-    def size(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+    def size(self, alpha: Numbers, sigma: Numbers) -> Numbers:
         side = C * self.scale * alpha
-        return (sigma.square() + 2 * B * side * sigma + side.square()).sqrt()
+        size: Numbers = np.sqrt((side + 2 * B * sigma) * side + sigma * sigma)
+        return size
 
-    def mix(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    def mix(self, alpha: Numbers, sigma: Numbers, size: Numbers) -> tuple[Numbers, Numbers]:
         c, turn = C * self.scale, TURN * self.scale
-        s = self.size(alpha, sigma)
-        speed = (sigma.square() + (turn * alpha).square()) / (turn * s * s * s)
-        return -(sigma + B * c * alpha) * speed, c * (c * alpha + B * sigma) * speed
+        side, turned = c * alpha, turn * alpha
+        speed = (sigma * sigma + turned * turned) / (turn * size * size * size)
+        return -(sigma + B * side) * speed, c * (side + B * sigma) * speed
 
     def clock(self, t: float) -> float:
         alpha, sigma = float(self.sde.alpha(t)), float(self.sde.sigma(t))
@@ -189,11 +215,11 @@ class LogSNR(_Gaussian):
         check_ends(flow.sde, t_start, t_end)
         super().__init__(drift, flow, t_start, t_end)
 
-    def size(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+    def size(self, alpha: Numbers, sigma: Numbers) -> Numbers:
         return alpha
 
-    def mix(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.zeros_like(alpha), sigma / alpha
+    def mix(self, alpha: Numbers, sigma: Numbers, size: Numbers) -> tuple[Numbers, Numbers]:
+        return np.zeros_like(alpha), sigma / alpha
 
     def clock(self, t: float) -> float:
         return -0.5 * float(self.sde.log_snr(t))
@@ -242,4 +268,4 @@ def coordinates_for(
             f"{name!r} coordinates need the schedule of a Gaussian process: take 'time'"
         )
     kind = {"scaled": Scaled, "log_snr": LogSNR}[name]
-    return kind(BoundedDrift(flow.mix, x, t_start, t_end, max_calls), flow, t_start, t_end)
+    return kind(BoundedDrift(flow.predict, x, t_start, t_end, max_calls), flow, t_start, t_end)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from scoresolve.errors import whole_number
 from scoresolve.solvers.adaptive.coordinates import Coordinates
 from scoresolve.solvers.adaptive.loop import Adaptive, Trial
-from scoresolve.solvers.adaptive.rows import Rows, lift, padded
+from scoresolve.solvers.adaptive.rows import Numbers, Rows, lift
 
 __all__ = ["AdaptiveDPMSolver"]
 
@@ -49,9 +49,9 @@ class AdaptiveDPMSolver(Adaptive):
         self.order = float(whole_number("order", order, 2, 3))
         self.name = f"dpm_solver_{order - 1}{order}"
 
-    def trial(self, way: Coordinates, rows: Rows, u: Tensor, h: Tensor) -> Trial:
+    def trial(self, way: Coordinates, rows: Rows, u: Numbers, h: Numbers) -> Trial:
         shares = (0.5,) if self.order == 2 else (1 / 3, 2 / 3)
-        k = [padded(torch.exp, at) for at in (rows.u, *(rows.u + r * h for r in shares), u)]
+        k = [np.exp(at) for at in (rows.u, *(rows.u + r * h for r in shares), u)]
         eps = rows.slope / lift(k[0], rows.y)
 
         def ahead(i: int) -> Tensor:
@@ -72,6 +72,6 @@ class AdaptiveDPMSolver(Adaptive):
         return Trial(y, way.slope(y, u, rows.place), (y - lower)[None])
 
 
-def _excess(start: Tensor, end: Tensor, h: Tensor) -> Tensor:
+def _excess(start: Numbers, end: Numbers, h: Numbers) -> Numbers:
     """k' - (k' - k)/h for a step h in log k from k to k'."""
     return end - (end - start) / h

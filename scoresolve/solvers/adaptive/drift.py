@@ -12,6 +12,7 @@ from scoresolve.errors import ArgumentError, row_status
 from scoresolve.models import check_output
 from scoresolve.plans import check_state
 from scoresolve.sde.base import TimeLike
+from scoresolve.solvers.adaptive.rows import Numbers
 from scoresolve.solvers.integrator import Solution
 
 __all__ = ["BoundedDrift", "CallLimit", "rounded_inside", "unmoved"]
@@ -25,7 +26,7 @@ class BoundedDrift:
     """A drift that stays inside its interval, counts its calls and checks what it returns.
 
     Args:
-        drift: callable (x [b, *event], t [b], rows [b], ...) -> shape of `x`.
+        drift: callable (x [b, *event], t [b], rows [b]) -> shape of `x`.
         x: the caller's state; the drift gets states of this dtype.
         t_start, t_end: ends of the interval, in either order.
         max_calls: calls allowed, at least 1.
@@ -59,12 +60,15 @@ class BoundedDrift:
             min(t_start, t_end), max(t_start, t_end), self.state_dtype
         )
 
-    def times(self, t: TimeLike) -> Tensor:
-        """`t` as the drift gets it: its dtype and device, and inside the interval when rounded."""
-        t = torch.as_tensor(t, dtype=self.state_dtype)
-        return t.clamp(self.low, self.high).to(self.device)
+    def rounded(self, t: TimeLike | Numbers) -> Tensor:
+        """`t` as the drift gets it, on the host: in its dtype, and inside the interval for that."""
+        return torch.as_tensor(t, dtype=self.state_dtype).clamp(self.low, self.high)
 
-    def __call__(self, x: Tensor, t: Tensor, rows: Tensor, *options: Tensor) -> Tensor:
+    def times(self, t: TimeLike | Numbers) -> Tensor:
+        """`t` as the drift gets it."""
+        return self.rounded(t).to(self.device)
+
+    def __call__(self, x: Tensor, t: Tensor, rows: Tensor) -> Tensor:
         """The drift at states [b, *event] of `rows` [b] and times [b] or [], made by `times`.
 
         Raises:
@@ -74,9 +78,9 @@ class BoundedDrift:
         if self.calls >= self.max_calls:
             raise CallLimit
         self.calls += 1
-        self.evaluations[rows.cpu()] += 1
+        self.evaluations.numpy()[rows.cpu().numpy()] += 1
         x = x.to(self.dtype)
-        value = self.drift(x, t.expand(x.shape[0]), rows.to(x.device), *options)
+        value = self.drift(x, t.expand(x.shape[0]), rows.to(x.device))
         check_output(value, x)
         return value.to(self.state_dtype)
 

@@ -12,11 +12,13 @@ err_1 and err_2 those of the two accepted before, and q the order of err in h.
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,7 +35,7 @@ from scoresolve.noise import NoiseSource
 from scoresolve.solvers.adaptive.coordinates import COORDINATES, Coordinates, coordinates_for
 from scoresolve.solvers.adaptive.drift import BoundedDrift, CallLimit, unmoved
 from scoresolve.solvers.adaptive.path import Event, Path, Record
-from scoresolve.solvers.adaptive.rows import Rows, lift, power, row_norm
+from scoresolve.solvers.adaptive.rows import Numbers, Rows, lift, row_norm
 from scoresolve.solvers.integrator import GaussianFlow, Integrator, RowDrift, Solution
 
 __all__ = ["Adaptive", "Trial"]
@@ -68,7 +70,7 @@ class Trial(NamedTuple):
     y: Tensor
     slope: Tensor
     errors: Tensor
-    memory: tuple[Tensor, ...] = ()
+    memory: tuple[Any, ...] = ()
 
 
 class Adaptive(Integrator):
@@ -189,31 +191,32 @@ class Adaptive(Integrator):
         return coordinates_for(self.coordinates, drift, flow, x, t_start, t_end, self.max_calls)
 
     @abstractmethod
-    def trial(self, way: Coordinates, rows: Rows, u: Tensor, h: Tensor) -> Trial:
+    def trial(self, way: Coordinates, rows: Rows, u: Numbers, h: Numbers) -> Trial:
         """A trial step of every row to `u` [b], by `h` [b] (with its sign)."""
 
-    def memory(self, way: Coordinates, rows: Rows) -> tuple[Tensor, ...]:
+    def memory(self, way: Coordinates, rows: Rows) -> tuple[Any, ...]:
         """What rows keep before their first step."""
         return ()
 
-    def judge(self, rows: Rows, errors: Tensor) -> Tensor:
+    def judge(self, rows: Rows, errors: Numbers) -> Numbers:
         """The errors that decide, from the norms [n, b] of those of the trial."""
         return errors
 
-    def first_steps(self, way: Coordinates, rows: Rows) -> Tensor:
+    def first_steps(self, way: Coordinates, rows: Rows) -> Numbers:
         """Lengths of the first steps [b]: a hundredth of what turns the state around."""
-        d0, d1 = (self.norm(way, v, rows.y, rows.u) for v in (rows.y, rows.slope))
-        turn = d0.clamp(min=1.0) / d1.clamp(min=torch.finfo(d1.dtype).tiny)
-        return (0.01 * turn).clamp(max=way.length / 10)
+        d0, d1 = (self.norms(way, v[None], rows.y.abs(), rows.u)[0] for v in (rows.y, rows.slope))
+        turn = d0.clip(min=1.0) / d1.clip(min=sys.float_info.min)
+        lengths: Numbers = (0.01 * turn).clip(max=way.length / 10)
+        return lengths
 
-    def resize(self, rows: Rows, errors: Tensor, accept: Tensor) -> tuple[Tensor, Rows]:
+    def resize(self, rows: Rows, errors: Numbers, accept: Numbers) -> tuple[Numbers, Rows]:
         """Factors on the steps [b] for errors [n, b], and the rows with what the method changes."""
         p, i, d = self.control
-        q = self.order
-        sound = torch.where(errors[0].isfinite(), errors[0], 1.0).clamp(min=_LEAST_ERROR)
-        factor = self.safety * power(sound, -(p + i + d) / q)
-        grown = power(rows.past[:, 0], (p + 2 * d) / q) * power(rows.past[:, 1], -d / q)
-        return torch.where(accept, factor * grown, factor).clamp(min=_MIN_FACTOR), rows
+        q, error, (one, two) = self.order, errors[0], rows.past.T
+        sound = np.where(np.isfinite(error), error, 1.0).clip(min=_LEAST_ERROR)
+        factor = self.safety * sound ** (-(p + i + d) / q)
+        grown = factor * (one ** ((p + 2 * d) / q) * two ** (-d / q))
+        return np.where(accept, grown, factor).clip(min=_MIN_FACTOR), rows
 
     def solve(
         self,
@@ -243,8 +246,8 @@ class Adaptive(Integrator):
         while True:
             done = (rows.status != Status.OK) | (rows.u == way.end)
             if done.any():
-                ended.append(rows.take(done.nonzero().flatten()).bare())
-                rows = rows.take(done.logical_not().nonzero().flatten())
+                ended.append(rows.take(done.nonzero()[0]).bare())
+                rows = rows.take((~done).nonzero()[0])
             free = 0 if self.coupled and len(rows.place) else width - len(rows.place)
             try:
                 if free and len(ready.place):
@@ -256,7 +259,7 @@ class Adaptive(Integrator):
                     ready, waiting = guests._replace(slope=slope), waiting.part(slice(width, None))
                 elif len(rows.place):
                     rows = self._step(way, record, rows)
-                    if bool((rows.accepted + 4 * rows.rejected >= asked_again).any()):
+                    if (rows.accepted + 4 * rows.rejected >= asked_again).any():
                         asked_again *= 2
                         self._ask_again(way, rows)
                 else:
@@ -268,7 +271,7 @@ class Adaptive(Integrator):
         last = Rows.join(ended)
         last = last.take(last.place.argsort())
         host = (way.time(last.u), last.status, last.accepted, last.rejected)
-        t, status, accepted, rejected = (part.to(x.device) for part in host)
+        t, status, accepted, rejected = (torch.from_numpy(part).to(x.device) for part in host)
         return Solution(
             way.state(last.y, last.u).to(x.dtype),
             t,
@@ -294,85 +297,74 @@ class Adaptive(Integrator):
     def _begin(self, way: Coordinates, record: Record, rows: Rows) -> Rows:
         """Rows that know their slopes, ready for a step; those with no finite slope have failed."""
         rows = rows._replace(memory=self.memory(way, rows), before=record.begin(rows))
-        status = row_status(rows.y).maximum(row_status(rows.slope)).cpu()
+        status = row_status(rows.y).maximum(row_status(rows.slope)).cpu().numpy()
         for value in rows.before[3:]:
-            status = torch.where(value.isnan(), int(Status.NONFINITE), status)
+            status = np.where(np.isnan(value), int(Status.NONFINITE), status)
         h = self._first(way, rows)
-        if self.coupled and bool((status == Status.OK).any()):
-            h = h[status == Status.OK].min().expand(len(h))
+        if self.coupled and (status == Status.OK).any():
+            h = np.full_like(h, h[status == Status.OK].min())
         return rows._replace(h=h, status=status)
 
-    def _first(self, way: Coordinates, rows: Rows) -> Tensor:
+    def _first(self, way: Coordinates, rows: Rows) -> Numbers:
         if self.first_step is not None:
-            return torch.full_like(rows.u, min(self.first_step, way.length))
-        return self.first_steps(way, rows).maximum(way.least_step(rows.u))
+            return np.full_like(rows.u, min(self.first_step, way.length))
+        return self.first_steps(way, rows).clip(min=way.least_step)
 
     def _step(self, way: Coordinates, record: Record, rows: Rows) -> Rows:
         """One trial step of every row."""
-        left, longest = (way.end - rows.u).abs(), rows.h.clamp(max=self.longest)
+        left, longest = np.abs(way.end - rows.u), rows.h.clip(max=self.longest)
         last = 1.01 * longest >= left
-        h = torch.where(last, left, longest)
-        u = torch.where(last, way.end, rows.u + way.sign * h)
+        h = np.where(last, left, longest)
+        u = np.where(last, way.end, rows.u + way.sign * h)
         trial = self.trial(way, rows, u, way.sign * h)
         with torch.no_grad():
             tall = rows.y.abs().maximum(trial.y.abs())
+            errors = self.norms(way, trial.errors, tall, u)
+            lost = (row_status(trial.y + trial.slope) != Status.OK).cpu().numpy()
             value = record.value(trial.y, u)
-            bad = row_status(trial.y).maximum(row_status(trial.slope)) != Status.OK
-            bad = bad | value.isnan().to(bad.device)
-            errors = self._norms(way, trial.errors, tall, u)
-            errors = errors.masked_fill(errors.isnan() | bad, math.inf)
-        errors = self.judge(rows, errors.cpu().double())
+        bad = lost | np.isnan(value) | np.isnan(errors)
+        errors = self.judge(rows, np.where(bad, math.inf, errors))
         if self.coupled:
             errors = _coupled(errors)
         accept = errors[0] <= 1
         before = record.see(rows, u, trial.y, trial.slope, value, accept)
-
-        def taken(new: Tensor, old: Tensor) -> Tensor:
-            return torch.where(lift(accept, new), new, old)
-
-        moved = rows._replace(
-            y=taken(trial.y, rows.y),
-            slope=taken(trial.slope, rows.slope),
-            memory=tuple(map(taken, trial.memory, rows.memory)),
-            before=before,
-        )
+        new = rows._replace(y=trial.y, slope=trial.slope, memory=trial.memory)
+        moved = new.revert(rows, (~accept).nonzero()[0])._replace(before=before)
         return record.stop(self._control(way, moved, h, u, errors, accept))
 
     def _control(
         self,
         way: Coordinates,
         rows: Rows,
-        h: Tensor,
-        u: Tensor,
-        errors: Tensor,
-        accept: Tensor,
+        h: Numbers,
+        u: Numbers,
+        errors: Numbers,
+        accept: Numbers,
     ) -> Rows:
         """The rows' places, next steps and statuses after trial steps `h` with their errors."""
-        finite = errors[0].isfinite()
+        finite, past = np.isfinite(errors[0]), rows.past
         factor, rows = self.resize(rows, errors, accept)
-        h = h * torch.where(finite, factor.minimum(rows.growth), _NONFINITE_FACTOR)
+        h = h * np.where(finite, np.minimum(factor, rows.growth), _NONFINITE_FACTOR)
         accepted, rejected = rows.accepted + accept, rows.rejected + ~accept
-        u = torch.where(accept, u, rows.u)
-        ended = torch.where(finite, int(Status.STEP_LIMIT), int(Status.NONFINITE))
-        under_way = u != way.end
-        left_behind = ~finite & finite.any() & self.coupled
-        hopeless = ~finite & (h < _LEAST_TRY * way.length)
-        stuck = under_way & ((h < way.least_step(u)) | hopeless | left_behind)
-        spent = under_way & (accepted + rejected >= self.max_steps)
-        kept = torch.stack((errors[0].clamp(min=_LEAST_PAST), rows.past[:, 0]), 1)
+        u = np.where(accept, u, rows.u)
+        hopeless = ~finite & ((h < _LEAST_TRY * way.length) | (self.coupled and finite.any()))
+        failed = np.where(finite, int(Status.STEP_LIMIT), int(Status.NONFINITE))
+        spent = np.where(accepted + rejected >= self.max_steps, int(Status.STEP_LIMIT), 0)
+        status = np.where(hopeless | (h < way.least_step), failed, spent)
+        kept = np.stack((errors[0].clip(min=_LEAST_PAST), past[:, 0]), 1)
         return rows._replace(
             u=u,
             h=h,
-            past=torch.where(accept[:, None], kept, rows.past),
-            growth=torch.where(accept, _MAX_FACTOR, 1.0),
-            status=torch.where(stuck, ended, torch.where(spent, int(Status.STEP_LIMIT), 0)),
+            past=np.where(accept[:, None], kept, past),
+            growth=np.where(accept, _MAX_FACTOR, 1.0),
+            status=np.where(u == way.end, 0, status),
             accepted=accepted,
             rejected=rejected,
         )
 
     def _ask_again(self, way: Coordinates, rows: Rows) -> None:
         """Raise `_Noisy` if the drift does not answer the same question the same way twice."""
-        some = rows.take(rows.rejected.argsort(descending=True)[:8])
+        some = rows.take((-rows.rejected).argsort(kind="stable")[:8])
         one, two = (way.slope(some.y, some.u, some.place) for _ in range(2))
         if bool((one - two).abs().max() > 1e3 * torch.finfo(one.dtype).eps * one.abs().max()):
             warnings.warn(
@@ -384,29 +376,25 @@ class Adaptive(Integrator):
             raise _Noisy
 
     @torch.no_grad()
-    def _norms(self, way: Coordinates, errors: Tensor, y: Tensor, u: Tensor) -> Tensor:
-        """Root mean squares [n, b] of errors [n, b, *event], in the coordinates' unit."""
+    def norms(self, way: Coordinates, errors: Tensor, tall: Tensor, u: Numbers) -> Numbers:
+        """Root mean squares [n, b] of errors [n, b, *event] of states as tall as `tall` >= 0."""
         rtol = max(self.rtol, self.ROUNDING * torch.finfo(way.drift.dtype).eps)
-        scale, unit = (y.abs() * rtol).clamp(min=torch.finfo(y.dtype).tiny), way.unit(u)
-        scale = scale + (self.atol if unit is None else lift(self.atol / unit, y))
-        return row_norm((errors / scale).flatten(0, 1)).reshape(len(errors), -1)
-
-    def norm(self, way: Coordinates, v: Tensor, y: Tensor, u: Tensor) -> Tensor:
-        """The norm of an error v in which tolerances are meant, on the host."""
-        return self._norms(way, v[None], y.abs(), u)[0].cpu().double()
+        scale, unit = (tall * rtol).clamp(min=torch.finfo(tall.dtype).tiny), way.unit(u)
+        scale = scale + (self.atol if unit is None else lift(self.atol / unit, tall))
+        norms = row_norm((errors / scale).flatten(0, 1)).reshape(len(errors), -1)
+        return norms.cpu().double().numpy()
 
 
 def _start_rows(y: Tensor, start: float) -> Rows:
     """Rows at the start, that know no slope yet."""
-    u = torch.full((y.shape[0],), start, dtype=torch.float64)
-    past = torch.full((len(u), 2), _LEAST_PAST, dtype=torch.float64)
-    none = torch.zeros(len(u), dtype=torch.int64)
-    growth = torch.full_like(u, _MAX_FACTOR)
-    return Rows(torch.arange(len(u)), u, 0 * u, past, growth, none, none, none, y, y)
+    u = np.full(y.shape[0], start)
+    past, none = np.full((len(u), 2), _LEAST_PAST), np.zeros(len(u), np.int64)
+    growth = np.full_like(u, _MAX_FACTOR)
+    return Rows(np.arange(len(u)), u, 0 * u, past, growth, none, none, none, y, y)
 
 
-def _coupled(errors: Tensor) -> Tensor:
+def _coupled(errors: Numbers) -> Numbers:
     """One error for all rows that are finite."""
-    shared = errors[0].isfinite()
-    mean = errors[:, shared].square().mean(1, keepdim=True).sqrt()
-    return torch.where(shared, mean, errors)
+    shared = np.isfinite(errors[0])
+    mean = np.sqrt(np.square(errors[:, shared]).mean(1, keepdims=True))
+    return np.where(shared, mean, errors)

@@ -7,15 +7,16 @@ no call.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from scoresolve.errors import ArgumentError, Status, real_number
 from scoresolve.solvers.adaptive.coordinates import Coordinates
 from scoresolve.solvers.adaptive.points import Point
-from scoresolve.solvers.adaptive.rows import Rows, lift
+from scoresolve.solvers.adaptive.rows import Numbers, Rows, lift
 
 __all__ = ["Event", "Path", "Record"]
 
@@ -31,19 +32,19 @@ class _Segment(NamedTuple):
     It counts up to u = reach, where the step or the row ended.
     """
 
-    reach: Tensor
+    reach: Numbers
     new: Point
     now: Point
     before: Point
 
     @property
-    def place(self) -> Tensor:
+    def place(self) -> Numbers:
         return self.now.place
 
-    def at(self, way: Coordinates, u: Tensor) -> Tensor:
+    def at(self, way: Coordinates, u: Numbers) -> Tensor:
         return way.between(self.now, self.new, self.before, u)
 
-    def take(self, index: Tensor) -> _Segment:
+    def take(self, index: Numbers) -> _Segment:
         points = (self.new.take(index), self.now.take(index), self.before.take(index))
         return _Segment(self.reach[index], *points)
 
@@ -76,9 +77,7 @@ class Record:
         event: Event | None,
     ) -> None:
         self.way, self.y, self.dense, self.event = way, y, dense, event
-        ends = [
-            float(way.time(torch.tensor([u], dtype=torch.float64))) for u in (way.start, way.end)
-        ]
+        ends = [float(way.time(np.array([u]))[0]) for u in (way.start, way.end)]
         low, high = min(ends), max(ends)
         slack = _SLACK * (high - low)
         if sorted(save_at, reverse=ends[1] < ends[0]) != [*save_at] or any(
@@ -88,11 +87,11 @@ class Record:
                 f"save_at = {tuple(save_at)}: give times from {ends[0]:g} to {ends[1]:g}, in order"
             )
         marks = [way.clock(min(max(t, low), high)) for t in save_at]
-        self.marks = torch.tensor(marks, dtype=torch.float64)[:, None]
-        self.value(y[:1], torch.tensor([way.start], dtype=torch.float64))  # before any call
-        self._saved = list[tuple[Tensor, Tensor]]()
+        self.marks = np.array(marks, dtype=np.float64)[:, None]
+        self.value(y[:1], np.array([way.start]))  # before any call
+        self._saved = list[tuple[Numbers, Tensor]]()
         self.segments: list[_Segment] = []
-        self.stops: tuple[Tensor, Tensor, Tensor] | None = None
+        self.stops: tuple[Numbers, Numbers, Tensor] | None = None
 
     @property
     def idle(self) -> bool:
@@ -104,20 +103,22 @@ class Record:
         places, states = zip(*self._saved, strict=True) if self._saved else ((), ())
         x = self.y.new_full((len(self.marks) * len(self.y), *self.y.shape[1:]), torch.nan)
         if states:
-            x = x.index_copy(0, torch.cat(places).to(x.device), torch.cat(states))
+            place = torch.from_numpy(np.concatenate(places)).to(x.device)
+            x = x.index_copy(0, place, torch.cat(states))
         return x.reshape(len(self.marks), *self.y.shape)
 
-    def begin(self, rows: Rows) -> tuple[Tensor, ...]:
+    def begin(self, rows: Rows) -> tuple[Any, ...]:
         """The point before the start, which is the start; with the event's value there."""
         if self.idle:
             return ()
-        number, row = (self.marks == rows.u).nonzero().unbind(1)
-        self._save(number, rows.place[row], self.way.state(rows.y, rows.u)[row.to(rows.y.device)])
+        number, row = (self.marks == rows.u).nonzero()
+        x = self.way.state(rows.y, rows.u)[torch.from_numpy(row).to(rows.y.device)]
+        self._save(number, rows.place[row], x)
         return rows.u, rows.y, rows.slope, self.value(rows.y, rows.u)
 
     def see(
-        self, rows: Rows, u: Tensor, y: Tensor, slope: Tensor, value: Tensor, accept: Tensor
-    ) -> tuple[Tensor, ...]:
+        self, rows: Rows, u: Numbers, y: Tensor, slope: Tensor, value: Numbers, accept: Numbers
+    ) -> tuple[Any, ...]:
         """Record the accepted steps of `rows` to (u, y, slope), where the event has that value.
 
         Returns:
@@ -125,7 +126,7 @@ class Record:
         """
         if self.idle:
             return ()
-        moved = accept.nonzero().flatten()
+        moved = accept.nonzero()[0]
         new, now = Point(rows.place, u, y, slope), Point(rows.place, rows.u, rows.y, rows.slope)
         segment = _Segment(u, new, now, Point(rows.place, *rows.before[:3])).take(moved)
         if self.event and len(moved):
@@ -134,13 +135,16 @@ class Record:
         if self.dense:
             self.segments.append(segment)
         passed = (segment.now.u - self.marks) * (segment.reach - self.marks) <= 0
-        number, row = (passed & (segment.now.u != self.marks)).nonzero().unbind(1)
+        number, row = (passed & (segment.now.u != self.marks)).nonzero()
         if len(row):
             part, at = segment.take(row), self.marks[number, 0]
             self._save(number, part.place, self.way.state(part.at(self.way, at), at))
-        return tuple(
-            torch.where(lift(accept, a), a, b)
-            for a, b in zip((*now[1:], value), rows.before, strict=True)
+        (old_u, old_y, old_slope, old_value), mask = rows.before, lift(accept, y)
+        return (
+            np.where(accept, now.u, old_u),
+            torch.where(mask, now.y, old_y),
+            torch.where(mask, now.slope, old_slope),
+            np.where(accept, value, old_value),
         )
 
     def stop(self, rows: Rows) -> Rows:
@@ -149,17 +153,15 @@ class Record:
             return rows
         index, u, y = self.stops
         self.stops = None
-        status = rows.status.index_fill(0, index, int(Status.EVENT))
-        return rows._replace(
-            u=rows.u.index_copy(0, index, u),
-            y=rows.y.index_copy(0, index.to(y.device), y),
-            status=status,
-        )
+        reached, status = rows.u.copy(), rows.status.copy()
+        reached[index], status[index] = u, int(Status.EVENT)
+        y = rows.y.index_copy(0, torch.from_numpy(index).to(y.device), y)
+        return rows._replace(u=reached, y=y, status=status)
 
-    def value(self, y: Tensor, u: Tensor) -> Tensor:
-        """The event's value at states and places, [b] on the host: -1 and 1 for a condition."""
+    def value(self, y: Tensor, u: Numbers) -> Numbers:
+        """The event's value at states and places, [b]: -1 and 1 for a condition."""
         if self.event is None:
-            return torch.zeros_like(u)
+            return np.zeros_like(u)
         way = self.way
         with torch.no_grad():
             value = self.event(way.state(y, u).to(way.drift.dtype), way.drift.times(way.time(u)))
@@ -169,25 +171,27 @@ class Record:
                 f"the event returned {found} for {len(u)} samples: return a tensor [b] with one "
                 "real number, or one condition, per sample"
             )
-        number = value.cpu().double()
+        number = value.cpu().double().numpy()
         return 2 * number - 1 if value.dtype is torch.bool else number
 
-    def _cross(self, segment: _Segment, old: Tensor, new: Tensor, moved: Tensor) -> Tensor:
+    def _cross(self, segment: _Segment, old: Numbers, new: Numbers, moved: Numbers) -> Numbers:
         """Where the event happened, or else the ends of the steps, [b]."""
-        hit = ((old.sign() * new.sign() < 0) | ((new == 0) & (old != 0))).nonzero().flatten()
+        hit = ((np.sign(old) * np.sign(new) < 0) | ((new == 0) & (old != 0))).nonzero()[0]
         if not len(hit):
             return segment.new.u
-        part, sign = segment.take(hit), old[hit].sign()
+        part, sign = segment.take(hit), np.sign(old[hit])
         low, high = part.now.u, part.new.u
         with torch.no_grad():
             for _ in range(_BISECTIONS):
                 middle = (low + high) / 2
-                same = self.value(part.at(self.way, middle), middle).sign() == sign
-                low, high = torch.where(same, middle, low), torch.where(same, high, middle)
+                same = np.sign(self.value(part.at(self.way, middle), middle)) == sign
+                low, high = np.where(same, middle, low), np.where(same, high, middle)
         self.stops = moved[hit], high, part.at(self.way, high)
-        return segment.new.u.index_copy(0, hit, high)
+        reach = segment.new.u.copy()
+        reach[hit] = high
+        return reach
 
-    def _save(self, number: Tensor, place: Tensor, x: Tensor) -> None:
+    def _save(self, number: Numbers, place: Numbers, x: Tensor) -> None:
         self._saved.append((number * len(self.y) + place, x))
 
 
@@ -213,9 +217,9 @@ class Path:
             raise ArgumentError(f"t = {t:g} is outside the interval of the path")
         y = torch.full_like(self.y, torch.nan) if u != self.way.start else self.y
         for segment in self.segments:
-            inside = ((segment.now.u - u) * (segment.reach - u) <= 0).nonzero().flatten()
+            inside = ((segment.now.u - u) * (segment.reach - u) <= 0).nonzero()[0]
             if len(inside):
                 part = segment.take(inside)
-                at = torch.full((len(inside),), u, dtype=torch.float64)
-                y = y.index_copy(0, part.place.to(y.device), part.at(self.way, at))
-        return self.way.state(y, torch.full((y.shape[0],), u, dtype=torch.float64))
+                place = torch.from_numpy(part.place).to(y.device)
+                y = y.index_copy(0, place, part.at(self.way, np.full(len(inside), u)))
+        return self.way.state(y, np.full(y.shape[0], u))

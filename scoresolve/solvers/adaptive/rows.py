@@ -8,60 +8,85 @@ row gets never depends on its neighbours, to the last bit.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from scoresolve.errors import Status
 
-__all__ = ["Rows", "combine", "lift", "padded", "power", "row_norm"]
+__all__ = ["Numbers", "Rows", "combine", "lift", "lifted", "padded", "row_norm"]
+
+Numbers = NDArray[Any]
+"""One number, or several, for each row; always on the host."""
+Part = Numbers | Tensor
 
 _LARGE = 1e15
 _LANES = 16
 
 
 class Rows(NamedTuple):
-    """Rows in the batch; y, slope and part of the memory on the device, the others [b] on the host.
+    """Rows in the batch; numbers on the host, states and slopes on the device.
 
     Attributes:
-        place: their numbers in the caller's batch.
-        u: how far each has come.
-        h: size of its next step.
+        place: their numbers in the caller's batch, [b].
+        u: how far each has come, [b].
+        h: size of its next step, [b].
         past: errors of its last two accepted steps, [b, 2].
-        growth: greatest factor on its next step.
-        status, accepted, rejected: how it goes.
+        growth: greatest factor on its next step, [b].
+        status, accepted, rejected: how it goes, [b].
         y: its state, [b, *event].
         slope: dy/du there.
-        before: u, y and slope at the point before, if the path is recorded.
+        before: u, y, slope and the event's value at the point before, if the path is recorded.
         memory: what the method keeps, each [b, ...].
     """
 
-    place: Tensor
-    u: Tensor
-    h: Tensor
-    past: Tensor
-    growth: Tensor
-    status: Tensor
-    accepted: Tensor
-    rejected: Tensor
+    place: Numbers
+    u: Numbers
+    h: Numbers
+    past: Numbers
+    growth: Numbers
+    status: Numbers
+    accepted: Numbers
+    rejected: Numbers
     y: Tensor
     slope: Tensor
-    before: tuple[Tensor, ...] = ()
-    memory: tuple[Tensor, ...] = ()
+    before: tuple[Any, ...] = ()
+    memory: tuple[Any, ...] = ()
 
-    def take(self, index: Tensor) -> Rows:
-        def pick(part: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+    def take(self, index: Numbers) -> Rows:
+        at = torch.from_numpy(index).to(self.y.device)
+
+        def pick(part: Any) -> Any:
             if isinstance(part, tuple):
-                return tuple(each[index.to(each.device)] for each in part)
-            return part[index.to(part.device)]
+                return tuple(map(pick, part))
+            return part.index_select(0, at) if isinstance(part, Tensor) else part[index]
 
-        return Rows(*map(pick, self))  # type: ignore[arg-type]
+        return Rows(*map(pick, self))
 
     def part(self, rows: slice) -> Rows:
         """Some of rows that have not started."""
-        return self.take(torch.arange(len(self.place))[rows])
+        return self.take(np.arange(len(self.place))[rows])
+
+    def revert(self, old: Rows, index: Numbers) -> Rows:
+        """The rows, where those of `index` keep the state, slope and memory of `old`."""
+        if not len(index):
+            return self
+        at = torch.from_numpy(index).to(self.y.device)
+
+        def kept(new: Part, old: Part) -> Any:
+            if isinstance(new, Tensor) and isinstance(old, Tensor):
+                return new.index_copy(0, at, old.index_select(0, at))
+            new = np.array(new)
+            new[index] = old[index]
+            return new
+
+        memory = tuple(map(kept, self.memory, old.memory))
+        return self._replace(
+            y=kept(self.y, old.y), slope=kept(self.slope, old.slope), memory=memory
+        )
 
     def bare(self) -> Rows:
         """The rows without what only a step needs."""
@@ -70,41 +95,44 @@ class Rows(NamedTuple):
     def stop(self, status: Status, end: float) -> Rows:
         """The rows ended, those that had not ended by themselves or reached `end`."""
         moving = (self.status == Status.OK) & (self.u != end)
-        return self._replace(status=torch.where(moving, int(status), self.status))
+        return self._replace(status=np.where(moving, int(status), self.status))
 
     @staticmethod
     def join(parts: Sequence[Rows]) -> Rows:
-        def link(*part: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+        def link(*part: Any) -> Any:
             if isinstance(part[0], tuple):
-                return tuple(torch.cat(each) for each in zip(*part, strict=True))
-            return torch.cat(part)  # type: ignore[arg-type]
+                return tuple(link(*each) for each in zip(*part, strict=True))
+            return torch.cat(part) if isinstance(part[0], Tensor) else np.concatenate(part)
 
         parts = [part for part in parts if len(part.place)] or parts[:1]
-        return parts[0] if len(parts) == 1 else Rows(*map(link, *parts))  # type: ignore[arg-type]
+        return parts[0] if len(parts) == 1 else Rows(*map(link, *parts))
 
 
-def combine(weights: Sequence[float | Tensor], terms: Sequence[Tensor]) -> Tensor:
+def combine(weights: Sequence[float], terms: Sequence[Tensor]) -> Tensor:
     """sum_j weights_j terms_j; each product is rounded, as a fused one might not be in every lane.
 
     Args:
-        weights: numbers, of which zeros are left out, or one number per row, [b] on the host.
+        weights: numbers, of which zeros are left out.
         terms: each [b, *event].
     """
-    pairs = [
-        (lift(w, v) if isinstance(w, Tensor) else w, v)
-        for w, v in zip(weights, terms, strict=False)
-        if isinstance(w, Tensor) or w
-    ]
+    pairs = [(w, v) for w, v in zip(weights, terms, strict=False) if w]
     total = pairs[0][0] * pairs[0][1]
     for w, v in pairs[1:]:
         total = total + w * v
     return total
 
 
-def lift(rows: Tensor, x: Tensor) -> Tensor:
+def lift(rows: Numbers, x: Tensor) -> Tensor:
     """[b] as [b, 1, ...] on the device of `x`, and in its dtype unless it is a mask."""
-    dtype = rows.dtype if rows.dtype is torch.bool else x.dtype
-    return rows.to(x.device, dtype).reshape(-1, *(1,) * (x.ndim - 1))
+    values = torch.from_numpy(rows)
+    dtype = values.dtype if values.dtype is torch.bool else x.dtype
+    return values.to(x.device, dtype).reshape(-1, *(1,) * (x.ndim - 1))
+
+
+def lifted(columns: Sequence[Numbers], x: Tensor) -> tuple[Tensor, ...]:
+    """`lift` of each [b], with one transfer to the device."""
+    together = torch.from_numpy(np.stack([*columns])).to(x.device, x.dtype)
+    return together.reshape(len(columns), -1, *(1,) * (x.ndim - 1)).unbind()
 
 
 def row_norm(error: Tensor) -> Tensor:
@@ -121,15 +149,7 @@ def _row_sum(v: Tensor) -> Tensor:
     return v[:, 0]
 
 
-def padded(function: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
+def padded(function: Callable[[Tensor], Tensor], u: Numbers) -> Numbers:
     """`function` of [b], or [b] more than once over, elementwise: the same for any b."""
-    b = u.shape[0]
-    filled = torch.cat([u, u[-1:].expand(-b % _LANES)])
-    return function(filled)[..., :b]
-
-
-def power(base: Tensor, exponent: float | Tensor) -> Tensor:
-    """base^exponent, both float64 on the host."""
-    # torch takes another routine for the tail of a tensor than for its body; numpy does not.
-    tall = exponent.numpy() if isinstance(exponent, Tensor) else exponent
-    return torch.from_numpy(np.power(base.numpy(), tall))
+    filled = np.concatenate([u, u[-1:].repeat(-len(u) % _LANES)])
+    return function(torch.from_numpy(filled)).numpy()[..., : len(u)]

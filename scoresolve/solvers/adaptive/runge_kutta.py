@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
-from torch import Tensor
 
 from scoresolve.solvers.adaptive.coordinates import Coordinates
 from scoresolve.solvers.adaptive.loop import Adaptive, Trial
-from scoresolve.solvers.adaptive.rows import Rows, combine, lift
+from scoresolve.solvers.adaptive.rows import Numbers, Rows, combine, lift
 from scoresolve.solvers.adaptive.tableaus import (
     BOGACKI_SHAMPINE,
     DOP853,
@@ -22,7 +24,7 @@ __all__ = ["BogackiShampine", "DormandPrince", "DormandPrince853", "Tsitouras"]
 class _EmbeddedPair(Adaptive):
     tableau: Tableau
 
-    def trial(self, way: Coordinates, rows: Rows, u: Tensor, h: Tensor) -> Trial:
+    def trial(self, way: Coordinates, rows: Rows, u: Numbers, h: Numbers) -> Trial:
         y, slopes, step = rows.y, [rows.slope], lift(h, rows.y)
         for c, weights in zip(self.tableau.c[1:], self.tableau.a[1:], strict=True):
             y = rows.y + step * combine(weights, slopes)
@@ -30,11 +32,14 @@ class _EmbeddedPair(Adaptive):
         errors = torch.stack([step * combine(e, slopes) for e in self.tableau.e])
         return Trial(y, slopes[-1], errors)
 
-    def judge(self, rows: Rows, errors: Tensor) -> Tensor:
+    def judge(self, rows: Rows, errors: Numbers) -> Numbers:
         if len(errors) == 1:
             return errors
-        total = (errors[0].square() + errors[1].square() / 100).sqrt()
-        return torch.where(total > 0, errors[0].square() / total, 0.0)[None]
+        first, second = np.square(errors)
+        total = np.sqrt(first + second / 100)
+        decisive = np.where(np.isfinite(total), 0.0, math.inf)
+        np.divide(first, total, out=decisive, where=np.isfinite(total) & (total > 0))
+        return decisive[None]
 
 
 class BogackiShampine(_EmbeddedPair):

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from scoresolve.solvers.adaptive.coordinates import Coordinates, LogSNR, Time, c
 from scoresolve.solvers.adaptive.drift import BoundedDrift
 from scoresolve.solvers.adaptive.loop import Adaptive, Trial
 from scoresolve.solvers.adaptive.points import Point
-from scoresolve.solvers.adaptive.rows import Rows, lift, padded
+from scoresolve.solvers.adaptive.rows import Numbers, Rows, lift
 from scoresolve.solvers.integrator import GaussianFlow, RowDrift
 
 __all__ = ["AdaptiveSDE", "GottaGoFast"]
@@ -42,8 +43,8 @@ class _Driven(Adaptive):
     stochastic, order = True, 1.0
     usual_coordinates, possible_coordinates = None, ()
 
-    def first_steps(self, way: Coordinates, rows: Rows) -> Tensor:
-        return torch.full_like(rows.u, way.length / 50)
+    def first_steps(self, way: Coordinates, rows: Rows) -> Numbers:
+        return np.full_like(rows.u, way.length / 50)
 
 
 class _PosteriorMean(LogSNR):
@@ -58,30 +59,31 @@ class _PosteriorMean(LogSNR):
         noise: NoiseSource | None,
     ) -> None:
         super().__init__(drift, flow, t_start, t_end)
-        ends = torch.tensor([self.start, self.end], dtype=torch.float64)
-        self.noise = _tree(noise, self.snr(ends).tolist(), geometric=True)
+        ends = self.snr(np.array([self.start, self.end]))
+        self.noise = _tree(noise, ends.tolist(), geometric=True)
 
-    def mix(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.ones_like(alpha), torch.zeros_like(alpha)
+    def mix(self, alpha: Numbers, sigma: Numbers, size: Numbers) -> tuple[Numbers, Numbers]:
+        return np.ones_like(alpha), np.zeros_like(alpha)
 
-    def snr(self, u: Tensor) -> Tensor:
-        return padded(lambda u: (-2 * u).exp(), u)
+    def snr(self, u: Numbers) -> Numbers:
+        snr: Numbers = np.exp(-2 * u)
+        return snr
 
-    def increment(self, rows: Rows | Point, u: Tensor) -> Tensor:
+    def increment(self, rows: Rows | Point, u: Numbers) -> Tensor:
         """B from where the rows are to u."""
-        noise = self.noise.rows(rows.place)
-        return noise.increment(rows.y, self.snr(rows.u), self.snr(u))
+        start, end = map(torch.from_numpy, (self.snr(rows.u), self.snr(u)))
+        return self.noise.rows(torch.from_numpy(rows.place)).increment(rows.y, start, end)
 
-    def flat(self, rows: Rows | Point, u: Tensor) -> Tensor:
+    def flat(self, rows: Rows | Point, u: Numbers) -> Tensor:
         """y at u for an x0 that stays what it is."""
         kept, noise = self.snr(rows.u) / self.snr(u), self.increment(rows, u)
         noise = lift(1 / self.snr(u), noise) * noise
         return lift(kept, noise) * rows.y + lift(1 - kept, noise) * rows.slope + noise
 
-    def between(self, now: Point, new: Point, before: Point, u: Tensor) -> Tensor:
+    def between(self, now: Point, new: Point, before: Point, u: Numbers) -> Tensor:
         """The solution for an x0 that stays, and what its change adds, as the square of the way."""
         share = (u - now.u) / (new.u - now.u)
-        return self.flat(now, u) + lift(share.square(), now.y) * (new.y - self.flat(now, new.u))
+        return self.flat(now, u) + lift(share * share, now.y) * (new.y - self.flat(now, new.u))
 
 
 class AdaptiveSDE(_Driven):
@@ -123,14 +125,14 @@ class AdaptiveSDE(_Driven):
     ) -> Coordinates:
         if flow is None:
             raise ArgumentError(f"{self.name!r} needs a Gaussian process: take 'gotta_go_fast'")
-        mix = BoundedDrift(flow.mix, x, t_start, t_end, self.max_calls)
-        return _PosteriorMean(mix, flow, t_start, t_end, noise)
+        model = BoundedDrift(flow.predict, x, t_start, t_end, self.max_calls)
+        return _PosteriorMean(model, flow, t_start, t_end, noise)
 
     def memory(self, way: Coordinates, rows: Rows) -> tuple[Tensor, ...]:
         """Rise of x0 per log k over the last step."""
         return (torch.zeros_like(rows.slope),)
 
-    def trial(self, way: Any, rows: Rows, u: Tensor, h: Tensor) -> Trial:
+    def trial(self, way: Any, rows: Rows, u: Numbers, h: Numbers) -> Trial:
         late = 1 + (1 - way.snr(rows.u) / way.snr(u)) / (2 * h)  # the end's share of linear x0
         step, (rise,) = lift(h, rows.y), rows.memory
         y = way.flat(rows, u) + lift(late, rise) * step * rise
@@ -153,18 +155,17 @@ class _Driver(Time):
         super().__init__(drift, t_start, t_end)
         self.diffusion, self.noise = diffusion, _tree(noise, (t_start, t_end), geometric=False)
 
-    def kick(self, rows: Rows | Point, u: Tensor) -> tuple[Tensor, Tensor]:
+    def kick(self, rows: Rows | Point, u: Numbers) -> tuple[Tensor, Tensor]:
         """g dW from the rows' times to u, with g at the start and at the end."""
-        w = self.noise.rows(rows.place).increment(rows.y, rows.u, u)
-        first, last = (
-            expand(self.diffusion(t), w, t) * w for t in map(self.drift.times, (rows.u, u))
-        )
+        ends = [torch.from_numpy(at) for at in (rows.u, u)]
+        w = self.noise.rows(torch.from_numpy(rows.place)).increment(rows.y, *ends)
+        first, last = (expand(self.diffusion(t), w, t) * w for t in map(self.drift.times, ends))
         return first, last
 
-    def between(self, now: Point, new: Point, before: Point, u: Tensor) -> Tensor:
+    def between(self, now: Point, new: Point, before: Point, u: Numbers) -> Tensor:
         """Euler-Maruyama with the mean g, and a share of what it misses at the end."""
 
-        def euler(u: Tensor) -> Tensor:
+        def euler(u: Numbers) -> Tensor:
             first, last = self.kick(now, u)
             return now.y + lift(u - now.u, now.y) * now.slope + (first + last) / 2
 
@@ -211,7 +212,7 @@ class GottaGoFast(_Driven):
         bounded = BoundedDrift(drift, x, t_start, t_end, self.max_calls)
         return _Driver(bounded, t_start, t_end, diffusion, noise)
 
-    def trial(self, way: Any, rows: Rows, u: Tensor, h: Tensor) -> Trial:
+    def trial(self, way: Any, rows: Rows, u: Numbers, h: Numbers) -> Trial:
         early, late = way.kick(rows, u)
         step = lift(h, rows.y)
         euler = rows.y + step * rows.slope + early
