@@ -42,7 +42,9 @@ from scoresolve.targets import GaussianMixture
 
 __all__ = ["CASES", "OURS", "PEERS", "TARGETS", "bracket", "measure", "measure_time", "mixed"]
 
-BATCH, WIDTH, MOST_CALLS = 256, 256, 20_000
+BATCH, MOST_CALLS = 256, 20_000
+WIDTHS = (192, 640)
+"""Of the networks whose time is measured: about 1.5 and 11 ms for 256 samples on a core."""
 TARGETS = (1e-3, 1e-4)
 
 
@@ -100,10 +102,10 @@ class Network(Model):
         return m if self.burden is None else m + 0 * self.burden(x)
 
 
-def perceptron(size: int) -> nn.Module:
-    """Two products with a matrix of 256 x 256 a sample: about 2 ms for 256 samples on a core."""
-    parts = [nn.Linear(size, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH), nn.SiLU()]
-    return nn.Sequential(*parts, nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, size)).double()
+def perceptron(size: int, width: int) -> nn.Module:
+    """Two products with a matrix of width x width a sample."""
+    parts = [nn.Linear(size, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()]
+    return nn.Sequential(*parts, nn.Linear(width, width), nn.Linear(width, size)).double()
 
 
 @dataclass(frozen=True)
@@ -372,51 +374,76 @@ def _row(
 
 
 def measure_time(full: bool = False, rms: float = 1e-3) -> list[dict[str, object]]:
-    """Wall time for an error with a network of about 2 ms a call, on one thread.
+    """Wall time for an error with networks of two sizes, on one thread.
 
-    Its cost is in proportion to the samples. Each solver is timed at the two tolerances that
-    enclose the error, all in turn, and the medians are interpolated as the calls are. Those that
-    need over 1.6 times the calls of the best peer are left out.
+    Their cost is in proportion to the samples. Each solver is timed at the two tolerances that
+    enclose the error, all in turn, and the medians are interpolated as the calls are. Of a library
+    those are timed that need at most 1.2 times the calls of its best, of ours the default.
 
     Args:
         full: all cases, four tolerances a decade and 15 repeats (many minutes), instead of two
-            cases, two a decade and 3 repeats (two minutes).
+            cases, two a decade and 3 repeats (three minutes).
         rms: the error.
 
     Returns:
         Rows with `case`, `method`, `calls`, `rows`, `ms`, `call_ms` (of the network for the whole
-        batch, with the exact score) and `of_best_peer`, the time over the best peer's. The last
-        hold its geometric means, of the solvers timed in all cases.
+        batch, with the exact score), `of_peers` and `of_ode`, the time over that of the best peer
+        and over that of the best of torchdiffeq, torchode and SciPy. The last rows hold geometric
+        means over the cases, of the solvers timed in all of them.
     """
     torch.set_num_threads(1)
     theirs, table = peers(), list[dict[str, object]]()
-    ratios: dict[str, list[float]] = {}
+    ratios: dict[tuple[int, str], list[tuple[float, float]]] = {}
     cases, per_decade, repeats = (tuple(CASES), 4, 15) if full else (SMALL[:2], 2, 3)
     for case in cases:
-        problem, pairs = Problem.of(case), dict[str, Bracket]()
-        for method, run in (OURS | theirs).items():
-            if pair := bracket(ladder(run, problem, per_decade, rms), rms):
-                pairs[method] = pair
-        least = min((pairs[name].calls for name in theirs if name in pairs), default=math.inf)
-        pairs = {name: pair for name, pair in pairs.items() if pair.calls <= 1.6 * least}
-        times, call = _times(pairs, problem, repeats)
-        best = min((times[name] for name in theirs if name in times), default=math.nan)
-        for method, pair in pairs.items():
-            ratios.setdefault(method, []).append(ratio := times[method] / best)
-            table.append(_timing(case, method, pair.calls, pair.rows, times[method], call, ratio))
-    for method, found in ratios.items():
-        if len(found) == len(cases):
-            mean, nothing = statistics.geometric_mean(found), [math.nan] * 4
-            table.append(_timing("geometric mean", method, *nothing, mean))
+        problem = Problem.of(case)
+        found = {
+            method: bracket(ladder(run, problem, per_decade, rms), rms)
+            for method, run in (_DEFAULT | theirs).items()
+        }
+        pairs = _thrifty({method: pair for method, pair in found.items() if pair})
+        for width in WIDTHS:
+            times, call = _times(pairs, problem, repeats, width)
+            best, best_ode = (
+                min((t for name, t in times.items() if name.startswith(kinds)), default=math.nan)
+                for kinds in (PEER_LIBRARIES, ODE_LIBRARIES)
+            )
+            for method, pair in pairs.items():
+                ms = times[method]
+                ratio = (ms / best, ms / best_ode)
+                ratios.setdefault((width, method), []).append(ratio)
+                table.append(_timing(case, width, method, pair.calls, pair.rows, ms, call, *ratio))
+    for (width, method), several in ratios.items():
+        if len(several) == len(cases):
+            means = map(statistics.geometric_mean, zip(*several, strict=True))
+            table.append(_timing("geometric mean", width, method, *[math.nan] * 4, *means))
     return table
 
 
+_DEFAULT = {method: run for method, run in OURS.items() if "adams" in method}
+ODE_LIBRARIES = ("torchdiffeq", "torchode", "scipy")
+PEER_LIBRARIES = ("k-diffusion", *ODE_LIBRARIES)
+
+
+def _thrifty(pairs: dict[str, Bracket]) -> dict[str, Bracket]:
+    """Ours, and the solvers of each library that need at most 1.2 times the calls of its best."""
+    least: dict[str, float] = {}
+    for method, pair in pairs.items():
+        library = method.split()[0]
+        least[library] = min(pair.calls, least.get(library, math.inf))
+    return {
+        method: pair
+        for method, pair in pairs.items()
+        if method in _DEFAULT or pair.calls <= 1.2 * least[method.split()[0]]
+    }
+
+
 def _times(
-    pairs: dict[str, Bracket], problem: Problem, repeats: int
+    pairs: dict[str, Bracket], problem: Problem, repeats: int, width: int
 ) -> tuple[dict[str, float], float]:
     """Milliseconds of each method at the error, and of one call for the whole batch."""
     torch.manual_seed(0)
-    burden = perceptron(problem.x.shape[1]).requires_grad_(False)
+    burden = perceptron(problem.x.shape[1], width).requires_grad_(False)
 
     def milliseconds(work: Callable[[Network], object]) -> float:
         network = Network(problem.model, burden)
@@ -449,9 +476,9 @@ def _run(method: str, problem: Problem, model: Model, tolerance: float) -> Tenso
     return (OURS | PEERS)[method](problem, model, tolerance)
 
 
-def _timing(case: str, method: str, *figures: float) -> dict[str, object]:
-    names = ("calls", "rows", "ms", "call_ms", "of_best_peer")
-    row: dict[str, object] = {"case": case, "method": method}
+def _timing(case: str, width: int, method: str, *figures: float) -> dict[str, object]:
+    names = ("calls", "rows", "ms", "call_ms", "of_peers", "of_ode")
+    row: dict[str, object] = {"case": case, "width": width, "method": method}
     return row | {name: _short(v) for name, v in zip(names, figures, strict=True)}
 
 

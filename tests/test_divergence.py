@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import event_shapes, generator, normal, seeds
 from torch import Tensor
 
 import scoresolve.divergence as divergence_module
@@ -17,7 +18,6 @@ from scoresolve.errors import ArgumentError, ShapeError
 from scoresolve.noise import Philox
 from scoresolve.sde import EDM, VE, VP, CosineVP, GaussianSDE, RectifiedFlow, SubVP
 from scoresolve.targets import random_mixture
-from tests.strategies import event_shapes, generator, normal, seeds
 
 PROCESSES = [VP(), SubVP(), CosineVP(), VE(), EDM(), RectifiedFlow()]
 

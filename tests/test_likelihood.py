@@ -19,6 +19,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from strategies import dtypes, event_shapes, generator, normal
 from torch import Tensor, nn
 
 from scoresolve.errors import (
@@ -47,7 +48,6 @@ from scoresolve.sde import (
 )
 from scoresolve.solvers import REGISTRY, DormandPrince, Solver
 from scoresolve.targets import GaussianMixture, gaussian, random_mixture, ring
-from tests.strategies import dtypes, event_shapes, generator, normal
 
 PROCESSES = [VP(), SubVP(), CosineVP(), VE(), EDM(), RectifiedFlow()]
 FLOW_SOLVERS = [

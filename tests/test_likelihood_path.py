@@ -16,6 +16,15 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from strategies import (
+    PROCESSES,
+    BenesSDE,
+    benes_log_density,
+    dtypes,
+    event_shapes,
+    generator,
+    normal,
+)
 from torch import Tensor
 
 from scoresolve.digits import load_digits, load_network, to_unit
@@ -28,15 +37,6 @@ from scoresolve.noise import Philox
 from scoresolve.sde import EDM, VP, GaussianSDE, RectifiedFlow, TimeLike, as_time
 from scoresolve.solvers import DormandPrince
 from scoresolve.targets import GaussianMixture, LowRank, gaussian, random_mixture, ring
-from tests.strategies import (
-    PROCESSES,
-    BenesSDE,
-    benes_log_density,
-    dtypes,
-    event_shapes,
-    generator,
-    normal,
-)
 
 
 def rms(error: Tensor) -> float:

@@ -134,10 +134,7 @@ class AdaptiveAdams(Adaptive):
 
 def _integrals(nodes: Numbers, start: Numbers, h: Numbers) -> Numbers:
     """g_0 to g_q [b, q + 1] of nodes [b, q], by Gauss's rule of four points: exact for q <= 7."""
-    first, length = start[:, None], h[:, None]
-    u, product = first + length * (0.5 + _POINTS), length * _SHARES
-    columns = [product]
-    for j in range(nodes.shape[1]):
-        columns.append(columns[-1] * (u - nodes[:, j : j + 1]))
-    terms = np.stack(columns, 1)
-    return (terms[..., 0] + terms[..., 1]) + (terms[..., 2] + terms[..., 3])
+    u, share = start + h * (0.5 + _POINTS[:, None]), h * _SHARES[:, None]
+    products = np.multiply.accumulate([share, *(u - node for node in nodes.T)])
+    integrals: Numbers = (products[:, 0] + products[:, 1]) + (products[:, 2] + products[:, 3])
+    return integrals.T

@@ -141,7 +141,7 @@ class _Gaussian(Coordinates):
         """p and q of the slope, given x/y."""
 
     @abstractmethod
-    def log_snr(self, u: Tensor) -> Tensor: ...
+    def log_snr(self, u: Numbers) -> Numbers: ...
 
     def schedule(self, u: Numbers) -> _Schedule:
         """What depends on u [b] alone; kept for the last u asked for."""
@@ -150,22 +150,22 @@ class _Gaussian(Coordinates):
         return self._known[1]
 
     def _schedule(self, u: Numbers) -> _Schedule:
-        def at(u: Tensor) -> Tensor:
-            t = self.sde.time_from_log_snr(self.log_snr(u))
-            t = torch.where(u == self.start, self.t_start, t)
-            t = torch.where(u == self.end, self.t_end, t).clamp(*sorted(self._ends))
-            seen = self.drift.rounded(t).double()  # the model's own time, which its answer is of
-            if self.prediction == "flow":  # alone it needs how the schedule moves
-                return torch.stack((t, *map(torch.as_tensor, self.sde.point(seen))))
-            nothing = torch.full_like(t, math.nan)
-            return torch.stack((t, self.sde.alpha(seen), self.sde.sigma(seen), nothing, nothing))
-
-        t, alpha, sigma, *rates = padded(at, u)
-        size, typical = self.size(alpha, sigma), np.hypot(sigma, self.scale * alpha)
-        mix: Any = self.mix(alpha, sigma, size)
-        with np.errstate(divide="ignore", invalid="ignore"):  # where the answer cannot tell
+        low, high = sorted(self._ends)
+        with np.errstate(divide="ignore", invalid="ignore"):  # at alpha = 0 and at sigma = 0
+            t = padded(self.sde.time_from_log_snr, self.log_snr(u)).clip(low, high)
+            t = np.where(u == self.start, self.t_start, np.where(u == self.end, self.t_end, t))
+            seen = self.drift.rounded(t).double().numpy()  # the model's own time
+            alpha, sigma, *rates = padded(self._point, seen)
+            size, typical = self.size(alpha, sigma), np.hypot(sigma, self.scale * alpha)
+            mix: Any = self.mix(alpha, sigma, size)
             shares: Any = conversion(self.prediction, mix, SchedulePoint(alpha, sigma, *rates))
-        return _Schedule(t, size, size / typical, *shares)
+            return _Schedule(t, size, size / typical, *shares)
+
+    def _point(self, t: Tensor) -> Tensor:
+        if self.prediction == "flow":  # alone it needs how the schedule moves
+            return torch.stack([torch.as_tensor(part) for part in self.sde.point(t)])
+        nothing = torch.full_like(t, math.nan)
+        return torch.stack((self.sde.alpha(t), self.sde.sigma(t), nothing, nothing))
 
     def time(self, u: Numbers) -> Numbers:
         return self.schedule(u).t
@@ -204,8 +204,8 @@ class Scaled(_Gaussian):
         alpha, sigma = float(self.sde.alpha(t)), float(self.sde.sigma(t))
         return math.atan2(sigma, TURN * self.scale * alpha)
 
-    def log_snr(self, u: Tensor) -> Tensor:
-        return -2 * (TURN * self.scale * u.tan()).log()
+    def log_snr(self, u: Numbers) -> Numbers:
+        return -2 * np.log(TURN * self.scale * np.tan(u))
 
 
 class LogSNR(_Gaussian):
@@ -224,7 +224,7 @@ class LogSNR(_Gaussian):
     def clock(self, t: float) -> float:
         return -0.5 * float(self.sde.log_snr(t))
 
-    def log_snr(self, u: Tensor) -> Tensor:
+    def log_snr(self, u: Numbers) -> Numbers:
         return -2 * u
 
 

@@ -131,7 +131,7 @@ def lift(rows: Numbers, x: Tensor) -> Tensor:
 
 def lifted(columns: Sequence[Numbers], x: Tensor) -> tuple[Tensor, ...]:
     """`lift` of each [b], with one transfer to the device."""
-    together = torch.from_numpy(np.stack([*columns])).to(x.device, x.dtype)
+    together = torch.from_numpy(np.array(columns)).to(x.device, x.dtype)
     return together.reshape(len(columns), -1, *(1,) * (x.ndim - 1)).unbind()
 
 
