@@ -26,6 +26,7 @@ BENCHMARKS: dict[str, Callable[[], list[dict[str, object]]]] = {
     "nfe_wide": partial(nfe.measure, "wide"),
     "nfe_full": partial(nfe.measure, "full"),
     "overhead": overhead.measure,
+    "overhead_cuda": partial(overhead.measure, device="cuda"),
     "tracing": tracing.measure,
 }
 
@@ -47,6 +48,7 @@ def main(name: str, out: Path | None) -> None:
             "torch": torch.__version__,
             "python": platform.python_version(),
             "cpu": platform.processor() or platform.machine(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             **versions(),
         }
         out.write_text(json.dumps({"benchmark": name, "machine": machine, "rows": rows}, indent=2))

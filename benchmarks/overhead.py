@@ -79,13 +79,16 @@ def _hand_written(plan: Plan, outputs: list[Tensor]) -> Callable[[Tensor], Tenso
     return run
 
 
-def measure(steps: int = 50, repeats: int = 200, threads: int = 1) -> list[dict[str, object]]:
+def measure(
+    steps: int = 50, repeats: int = 200, threads: int = 1, device: str = "cpu"
+) -> list[dict[str, object]]:
     """Microseconds per step of executor and hand-written loop, and their ratio.
 
     Args:
         steps: steps of the plan.
         repeats: interleaved repeats of which the median is taken.
         threads: torch threads.
+        device: where the tensors are; on a GPU a run counts until the device is done.
 
     Returns:
         One row per solver and shape: `solver`, `shape`, `plan_us`, `hand_us`, `ratio`, `error`
@@ -98,7 +101,7 @@ def measure(steps: int = 50, repeats: int = 200, threads: int = 1) -> list[dict[
         plan = ss.plan(solver, sde, ss.make_grid("cosine", sde, steps))
         for shape in SHAPES:
             generator = torch.Generator().manual_seed(0)
-            x, *outputs = (torch.randn(shape, generator=generator) for _ in range(4))
+            x, *outputs = (torch.randn(shape, generator=generator).to(device) for _ in range(4))
             runs = {
                 "plan": lambda plan=plan, x=x, outputs=outputs, p=solver.predicts: plan.run(
                     NetworkModel(_model(outputs), sde, p), x
@@ -113,6 +116,8 @@ def measure(steps: int = 50, repeats: int = 200, threads: int = 1) -> list[dict[
                 for way, run in runs.items():
                     begin = time.perf_counter()
                     run()
+                    if x.is_cuda:
+                        torch.cuda.synchronize()
                     taken[way].append((time.perf_counter() - begin) / steps * 1e6)
             plan_us, hand_us = (statistics.median(taken[way]) for way in ("plan", "hand"))
             rows.append(
