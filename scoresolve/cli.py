@@ -81,6 +81,7 @@ class _OutFile(click.Path):
 
 ARRAYS = _OutFile(".safetensors", ".npz")
 PICTURE = _OutFile(".png", ".pdf", ".svg")
+MOVING = _OutFile(".png", ".pdf", ".svg", ".gif", ".mp4")
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -438,7 +439,7 @@ def certify(
 
 @main.command()
 @click.argument("name", required=False)
-@click.option("--out", type=PICTURE, help="Where to write it [NAME.png].")
+@click.option("--out", type=MOVING, help="Where to write it [NAME.png]; some move as .gif or .mp4.")
 @click.option("--list", "listed", is_flag=True, help="List the pictures.")
 def plot(name: str | None, out: Path | None, listed: bool) -> None:
     """Draw the picture NAME.
@@ -446,17 +447,18 @@ def plot(name: str | None, out: Path | None, listed: bool) -> None:
     \b
     scoresolve plot --list
     scoresolve plot orders --out orders.png
+    scoresolve plot flow --out flow.gif
     """
-    from scoresolve.plot import PICTURES, picture
+    from scoresolve.plot import PICTURES, save_picture
 
     if listed:
-        for known, (text, _) in PICTURES.items():
-            click.echo(f"{known:10s} {text}")
+        for known, each in PICTURES.items():
+            click.echo(f"{known:10s} {each.text}")
         return
     if name is None:
         raise click.UsageError("name a picture; --list shows them")
     path = out or Path(f"{name}.png")
-    picture(name).savefig(path, bbox_inches="tight")
+    save_picture(name, path)
     click.echo(f"{name} drawn in {path}")
 
 

@@ -1,0 +1,32 @@
+"""Pictures of solvers, grids, flows and samples, each a `matplotlib.figure.Figure`, some moving.
+
+What is drawn is computed, never sketched: orders from exact laws, densities in closed form,
+trajectories by the solvers themselves. Lines carry their own labels.
+
+    plot_orders([...]).savefig("orders.png")
+    picture("orders").savefig("orders.png")        save_picture("flow", "flow.gif")
+"""
+
+from scoresolve.plot.convergence import plot_grids, plot_orders, plot_strong_errors
+from scoresolve.plot.flows import plot_brownian, plot_flow, plot_paths, plot_score
+from scoresolve.plot.motion import animate_flow, animate_score
+from scoresolve.plot.pictures import PICTURES, Picture, picture, save_picture
+from scoresolve.plot.samples import plot_images, plot_samples
+
+__all__ = [
+    "PICTURES",
+    "Picture",
+    "animate_flow",
+    "animate_score",
+    "picture",
+    "plot_brownian",
+    "plot_flow",
+    "plot_grids",
+    "plot_images",
+    "plot_orders",
+    "plot_paths",
+    "plot_samples",
+    "plot_score",
+    "plot_strong_errors",
+    "save_picture",
+]

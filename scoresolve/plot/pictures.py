@@ -1,0 +1,122 @@
+"""Pictures by name: what `scoresolve plot NAME` draws."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.animation import FuncAnimation, writers
+from matplotlib.figure import Figure
+
+from scoresolve.digits import load_network
+from scoresolve.errors import ArgumentError, known_name
+from scoresolve.metrics import Method, class_mixture, compare
+from scoresolve.models import from_denoiser
+from scoresolve.plot.convergence import plot_grids, plot_orders, plot_strong_errors
+from scoresolve.plot.flows import plot_brownian, plot_flow, plot_paths, plot_score
+from scoresolve.plot.motion import animate_flow, animate_score
+from scoresolve.plot.samples import plot_images, plot_samples
+from scoresolve.sampling import DEFAULT_SOLVER, sample
+from scoresolve.sde import EDM, VP
+from scoresolve.targets import GaussianMixture, ring
+
+__all__ = ["PICTURES", "Picture", "picture", "save_picture"]
+
+MOVING = {".gif": "pillow", ".mp4": "ffmpeg"}
+"""Suffixes of moving pictures, and what matplotlib writes them with."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What a picture shows, how it is drawn, and how it moves if it can."""
+
+    text: str
+    draw: Callable[[], Figure]
+    animate: Callable[[], FuncAnimation] | None = None
+
+
+def _line() -> GaussianMixture:
+    return GaussianMixture([0.3, 0.5, 0.2], [[-1.6], [0.4], [1.9]], [0.04, 0.05, 0.02])
+
+
+def _samples() -> Figure:
+    mixture, sde = ring(std=0.3), VP()
+    panels = {
+        "exact": mixture.sample(800),
+        **{
+            f"{method}, 10 calls": sample(
+                mixture.score_model(sde),
+                sde,
+                shape=(800, 2),
+                solver=method.solver,
+                grid=method.grid,
+                nfe=10,
+            ).x
+            for method in (Method(DEFAULT_SOLVER), Method("dpmpp_2m", "karras"))
+        },
+    }
+    return plot_samples(panels, mixture)
+
+
+def _digits() -> Figure:
+    out = sample(from_denoiser(load_network()), EDM(), shape=(100, 1, 8, 8), nfe=20)
+    return plot_images({f"100 digits, {out.nfe} network calls": out.x})
+
+
+PICTURES: dict[str, Picture] = {
+    "flow": Picture(
+        "p_t over time with forward, probability-flow and reverse SDE paths; as GIF it moves",
+        lambda: plot_flow(_line()),
+        lambda: animate_flow(_line()),
+    ),
+    "paths": Picture(
+        "the probability flow and paths of the reverse SDE from the same starts",
+        lambda: plot_paths(_line()),
+    ),
+    "score": Picture(
+        "the score of p_t as a vector field at four times; as GIF samples follow it",
+        lambda: plot_score(ring(std=0.3)),
+        lambda: animate_score(ring(std=0.3)),
+    ),
+    "brownian": Picture("Brownian motion against its envelope sqrt(t)", plot_brownian),
+    "samples": Picture("samples of a ring of Gaussians over its density", _samples),
+    "digits": Picture("digits drawn from the bundled network", _digits),
+    "orders": Picture("error against steps, from the exact law of each solver", plot_orders),
+    "grids": Picture("where the named time grids put their nodes", plot_grids),
+    "solvers": Picture(
+        "strong error against network calls on a mixture",
+        lambda: plot_strong_errors(compare(class_mixture(), EDM(), starts=128)),
+    ),
+}
+"""Pictures by name."""
+
+
+def picture(name: str) -> Figure:
+    """The picture of the given name of `PICTURES`.
+
+    Raises:
+        UnknownNameError: no such picture.
+    """
+    return PICTURES[known_name("picture", name, PICTURES)].draw()
+
+
+def save_picture(name: str, path: str | Path) -> None:
+    """Write the picture `name` of `PICTURES`, moving if the suffix of `path` is .gif or .mp4.
+
+    Raises:
+        UnknownNameError: no such picture.
+        ArgumentError: it does not move, or the program that writes such files is not installed.
+    """
+    path = Path(path)
+    found = PICTURES[known_name("picture", name, PICTURES)]
+    if path.suffix not in MOVING:
+        found.draw().savefig(path, bbox_inches="tight")
+        return
+    writer = MOVING[path.suffix]
+    if found.animate is None:
+        moving = [known for known, each in PICTURES.items() if each.animate]
+        raise ArgumentError(f"{name!r} does not move: write it as .png, or take one of {moving}")
+    if not writers.is_available(writer):
+        raise ArgumentError(f"{path.suffix} files are written by {writer}, which is not installed")
+    found.animate().save(path, writer=writer, fps=15)
