@@ -3,7 +3,8 @@
 A diagonal mixture p_0 = sum_k w_k N(m_k, v_k) under x_t = alpha x_0 + sigma eps stays a mixture,
 p_t = sum_k w_k N(alpha m_k, alpha^2 v_k + sigma^2): log p_t, score and E[x_0 | x_t] in closed form.
 For a nonlinear drift, dx = g^2 tanh(x) dt + g dw has (Benes 1981), with tau = int g^2,
-p(x, t | y) = cosh(x)/cosh(y) exp(-tau/2) N(x; y, tau) in each coordinate.
+p(x, t | y) = cosh(x)/cosh(y) exp(-tau/2) N(x; y, tau) in each coordinate. Langevin dynamics in a
+harmonic well, dx = A x dt + noise, has x_t ~ N(e^At m, S + e^At (C - S) e^A't), S at equilibrium.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ from scoresolve.sde import (
     CosineVP,
     DiscreteVP,
     GaussianSDE,
+    Langevin,
     RectifiedFlow,
     SubVP,
     TimeLike,
+    UnderdampedLangevin,
     as_time,
 )
 
@@ -35,6 +38,8 @@ __all__ = [
     "BenesSDE",
     "DiagonalMixture",
     "OwnGaussian",
+    "OwnVP",
+    "Well",
     "benes_log_density",
     "dtypes",
     "event_shapes",
@@ -45,6 +50,7 @@ __all__ = [
     "processes",
     "seeds",
     "times",
+    "wells",
 ]
 
 LOG_TAU = math.log(2 * math.pi)
@@ -65,6 +71,23 @@ class OwnGaussian(GaussianSDE):
     def sigma(self, t: TimeLike) -> Tensor:
         t = as_time(t)
         return self.scale * torch.sqrt(t * (1 + t))
+
+
+@dataclass(frozen=True)
+class OwnVP(SDE):
+    """`VP()` as a user may write it: drift and diffusion, and nothing else."""
+
+    t_min: float = 1e-3
+
+    def drift(self, x: Tensor, t: TimeLike) -> Tensor:
+        rate = -self._beta(t) / 2
+        return rate.to(x).reshape(rate.shape + (1,) * (x.ndim - rate.ndim)) * x
+
+    def diffusion(self, t: TimeLike) -> Tensor:
+        return self._beta(t).sqrt()
+
+    def _beta(self, t: TimeLike) -> Tensor:
+        return 0.1 + (20.0 - 0.1) * as_time(t)
 
 
 @dataclass(frozen=True)
@@ -94,6 +117,76 @@ def benes_log_density(
         - (distance**2 / tau + tau.log() + LOG_TAU) / 2
     )
     return torch.logsumexp(weights.log() + each.sum(-1), dim=1)
+
+
+@dataclass(frozen=True)
+class Well:
+    """Langevin dynamics in the well k q^2/2, and its law p_t from N(start, F F^T) on.
+
+    Every coordinate of the event is one of its own. With momentum, states are [B, 2, *event],
+    `start` is [2] and `factor` [2, 2]; without they are [B, 1, *event], [1] and [1, 1].
+
+    Attributes:
+        stiffness: k, [].
+        start, factor: mean of a coordinate at t = 0, and F of its covariance F F^T.
+        friction, mass: of the momentum; None without.
+    """
+
+    stiffness: Tensor
+    start: Tensor
+    factor: Tensor
+    friction: float | None = None
+    mass: float = 1.0
+
+    @property
+    def sde(self) -> SDE:
+        def force(q: Tensor) -> Tensor:
+            return -self.stiffness * q
+
+        if self.friction is None:
+            return Langevin(force, T=0.6)
+        return UnderdampedLangevin(force, self.friction, self.mass, T=0.6)
+
+    def law(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean [B, d] and covariance [B, d, d] of a coordinate at `t` [B]."""
+        k, zero = self.stiffness, torch.zeros_like(self.stiffness)
+        if self.friction is None:
+            rate, rest = -k.reshape(1, 1), (1 / k).reshape(1, 1)
+        else:
+            row = [zero, zero + 1 / self.mass, -k, zero - self.friction]
+            rate = torch.stack(row).reshape(2, 2)
+            rest = torch.stack([1 / k, zero + self.mass]).diag()
+        flow = torch.linalg.matrix_exp(t[:, None, None] * rate)
+        return flow @ self.start, rest + flow @ (self.factor @ self.factor.mT - rest) @ flow.mT
+
+    def log_prob(self, x: Tensor, t: float) -> Tensor:
+        """log p_t, [B]."""
+        mean, covariance = self.law(torch.tensor([t], dtype=x.dtype))
+        each = torch.distributions.MultivariateNormal(mean[0], covariance[0])
+        return each.log_prob(x.movedim(1, -1)).flatten(1).sum(1)
+
+    def score(self, x: Tensor, t: TimeLike) -> Tensor:
+        mean, covariance = self.law(as_time(t).expand(len(x)).to(x))
+        centred = x.flatten(2) - mean[..., None]
+        return -torch.linalg.solve(covariance, centred).reshape(x.shape)
+
+
+def wells(stiffness: float = 2.0) -> list[Well]:
+    """One without and one with momentum, of leaf tensors that require gradients."""
+
+    def leaf(value: object) -> Tensor:
+        return torch.tensor(value, dtype=torch.float64, requires_grad=True)
+
+    return [
+        Well(leaf(stiffness), leaf([0.7]), leaf([[0.45]])),
+        Well(
+            leaf(stiffness),
+            leaf([0.7, -0.4]),
+            leaf([[0.5, 0.1], [0.2, 0.7]]),
+            friction=1.5,
+            mass=0.8,
+        ),
+    ]
 
 
 @dataclass(frozen=True)

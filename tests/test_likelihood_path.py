@@ -19,21 +19,24 @@ from hypothesis import strategies as st
 from strategies import (
     PROCESSES,
     BenesSDE,
+    OwnVP,
+    Well,
     benes_log_density,
     dtypes,
     event_shapes,
     generator,
     normal,
+    wells,
 )
 from torch import Tensor
 
 from scoresolve.digits import load_digits, load_network, to_unit
-from scoresolve.errors import ArgumentError, ModelWarning, ShapeError, Status
+from scoresolve.errors import ArgumentError, GridError, ModelWarning, ShapeError, Status
 from scoresolve.likelihood import Likelihood, log_likelihood, sample_with_log_prob
 from scoresolve.likelihood.nodes import allocate, lagrange_weights, place_nodes
 from scoresolve.metrics import class_mixture
 from scoresolve.models import Model, NetworkModel, from_denoiser, scale_of_data
-from scoresolve.noise import Philox
+from scoresolve.noise import Philox, Purpose
 from scoresolve.sde import EDM, VP, GaussianSDE, RectifiedFlow, TimeLike, as_time
 from scoresolve.solvers import DormandPrince
 from scoresolve.targets import GaussianMixture, LowRank, gaussian, random_mixture, ring
@@ -407,6 +410,9 @@ def test_the_way_to_data_is_the_way_to_noise_backwards() -> None:
 # Any process
 
 
+TIGHT = DormandPrince(1e-8, 1e-8)
+
+
 def test_a_nonlinear_drift_has_a_likelihood_with_the_prior_that_is_given() -> None:
     sde = BenesSDE()
     weights, starts = torch.tensor([0.4, 0.6]).double(), torch.tensor([[0.3], [-0.8]]).double()
@@ -419,22 +425,192 @@ def test_a_nonlinear_drift_has_a_likelihood_with_the_prior_that_is_given() -> No
             (gradient,) = torch.autograd.grad(total, leaf, create_graph=True)
         return gradient
 
-    x = normal(generator(0), 16, 1)
-    found = log_likelihood(
-        score,
-        sde,
-        x,
-        t_start=0.2,
-        prior=lambda y: density(y, torch.full((len(y),), sde.T).double()),
-        solver=DormandPrince(1e-8, 1e-8),
-    )
-    expected = density(x, torch.full((16,), 0.2).double())
-    torch.testing.assert_close(found.log_prob, expected, rtol=0, atol=1e-5)
+    def law(y: Tensor) -> Tensor:
+        return density(y, torch.full((len(y),), sde.T).double())
+
+    x, early = normal(generator(0), 16, 1), torch.full((16,), 0.2).double()
+    found = log_likelihood(score, sde, x, t_start=0.2, prior=law, solver=TIGHT)
+    torch.testing.assert_close(found.log_prob, density(x, early), rtol=0, atol=1e-6)
+    drawn = sample_with_log_prob(score, sde, x=x, t_end=0.2, prior=law, solver=TIGHT)
+    assert drawn.x is not None and drawn.log_det is not None
+    expected = density(drawn.x, early)
+    torch.testing.assert_close(drawn.log_prob, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(drawn.log_det, expected - law(x), rtol=0, atol=1e-6)
     with pytest.raises(ArgumentError, match="prior="):
         log_likelihood(score, sde, x)
     with pytest.raises(ShapeError, match="Independent"):
         law = torch.distributions.Normal(0.0, 1.0)
         log_likelihood(score, sde, x, t_start=0.2, prior=law, solver=DormandPrince(1e-2, 1e-2))
+
+
+@pytest.mark.parametrize("solver", [TIGHT, "rk4_flow"], ids=["adaptive", "fixed"])
+def test_drift_and_diffusion_alone_give_the_numbers_of_the_process(solver: Any) -> None:
+    mix = random_mixture(2, 3, spread=1.0)
+    score = mix.score_model(VP())
+    z = normal(generator(2), 24, 2)
+    prior = torch.distributions.Independent(
+        torch.distributions.Normal(torch.zeros(2).double(), 1.0), 1
+    )
+    options: dict[str, Any] = {"solver": solver, "nfe": None if solver is TIGHT else 200}
+
+    def bare(x: Tensor, t: Tensor) -> Tensor:
+        return score(x, t)
+
+    drawn = sample_with_log_prob(bare, OwnVP(), x=z, prior=prior, chunk=7, **options)
+    known = sample_with_log_prob(score, VP(), x=z, t_end=1e-3, **options)
+    assert drawn.x is not None and drawn.log_det is not None and known.x is not None
+    bound = {"rtol": 0, "atol": 1e-6 if solver is TIGHT else 1e-9}
+    for name in ("x", "latent", "log_prob", "log_det", "standard_error"):
+        torch.testing.assert_close(getattr(drawn, name), getattr(known, name), **bound)
+    assert torch.equal(drawn.latent, z) and bool(drawn.ok.all())
+    exact = mix.marginal(VP(), 1e-3).log_prob(drawn.x) - mix.marginal(VP(), 1.0).log_prob(z)
+    close = {"rtol": 0, "atol": 1e-6 if solver is TIGHT else 1e-3}
+    torch.testing.assert_close(drawn.log_det, exact, **close)
+    torch.testing.assert_close(drawn.log_prob, exact + prior.log_prob(z), **close)
+    back = log_likelihood(bare, OwnVP(), drawn.x, prior=prior, **options)
+    again = log_likelihood(score, VP(), drawn.x, t_start=1e-3, **options)
+    for name in ("latent", "log_prob", "log_det"):
+        torch.testing.assert_close(getattr(back, name), getattr(again, name), **bound)
+        torch.testing.assert_close(getattr(back, name), getattr(drawn, name), **close)
+
+
+@pytest.mark.parametrize("well", wells(), ids=["overdamped", "underdamped"])
+def test_langevin_dynamics_carry_a_density_from_one_end_to_the_other(well: Well) -> None:
+    x = normal(generator(3), 12, len(well.start), 3)
+    for solver in (TIGHT, "auto"):
+        found = log_likelihood(
+            well.score, well.sde, x, prior=lambda y: well.log_prob(y, 0.6), solver=solver
+        )
+        expected = well.log_prob(x, 0.0).detach()
+        atol = 1e-6 if solver is TIGHT else 0.02
+        torch.testing.assert_close(found.log_prob, expected, rtol=0, atol=atol)
+        drawn = sample_with_log_prob(
+            well.score, well.sde, x=x, prior=lambda y: well.log_prob(y, 0.6), solver=solver
+        )
+        assert drawn.x is not None and not drawn.log_prob.requires_grad
+        expected = well.log_prob(drawn.x, 0.0).detach()
+        torch.testing.assert_close(drawn.log_prob, expected, rtol=0, atol=atol)
+
+
+def test_probes_of_samples_are_unbiased_and_know_their_error() -> None:
+    mix, rows = random_mixture(8, 3, spread=1.0), 256
+    score, z = mix.score_model(VP()), normal(generator(2), rows, 8)
+
+    def bare(x: Tensor, t: Tensor) -> Tensor:
+        return score(x, t)
+
+    def drawn(**options: Any) -> Likelihood:
+        grid = torch.linspace(1, 1e-3**0.5, 41).double().square()
+        return sample_with_log_prob(
+            bare,
+            OwnVP(),
+            x=z,
+            prior=lambda y: -y.square().sum(1) / 2,
+            grid=grid,
+            solver="rk4_flow",
+            **options,
+        )
+
+    exact, count = drawn(trace="exact"), 16
+    found = drawn(trace="hutchinson", probes=count, seed=3)
+    assert torch.equal(found.latent, z) and exact.x is not None
+    torch.testing.assert_close(found.x, exact.x)
+    error = (found.log_prob - exact.log_prob) / found.standard_error
+    n = count - 1  # Student's t, whose square has the mean n / (n - 2)
+    spread = math.sqrt(2 * n**2 * (n - 1) / ((n - 2) ** 2 * (n - 4)) / rows)
+    assert abs(float(error.square().mean()) - n / (n - 2)) < 4 * spread
+    assert abs(float(error.mean())) < 4 * math.sqrt(n / (n - 2) / rows)
+    split = drawn(trace="hutchinson", probes=count, seed=3, chunk=100)
+    torch.testing.assert_close(split.log_prob, found.log_prob)
+
+
+def test_a_gaussian_process_draws_its_start_for_any_solver() -> None:
+    for sde, t_start in ((EDM(), 40.0), (VP(), 1.0)):
+        mix = random_mixture(2, 3, spread=1.0)
+        model = mix.score_model(sde)
+        options: dict[str, Any] = {"seed": 4, "t_start": t_start, "t_end": sde.t_min}
+        drawn = sample_with_log_prob(
+            model, sde, (64, 2), solver=TIGHT, dtype=torch.float64, **options
+        )
+        std = sde.prior_std * float(sde.sigma(t_start) / sde.sigma(sde.T))
+        z = Philox(4).normal(torch.empty(64, 2).double(), 0, Purpose.START)
+        torch.testing.assert_close(drawn.latent, std * z)
+        given = sample_with_log_prob(model, sde, x=std * z, solver=TIGHT, **options)
+        torch.testing.assert_close(given.log_prob, drawn.log_prob)
+        assert drawn.x is not None
+        ratio = mix.marginal(sde, sde.t_min).log_prob(drawn.x)
+        ratio = ratio - mix.marginal(sde, t_start).log_prob(drawn.latent)
+        normal_law = -z.square().sum(1) / 2 - 2 * math.log(std) - math.log(2 * math.pi)
+        torch.testing.assert_close(drawn.log_prob, ratio + normal_law, rtol=0, atol=1e-5)
+
+
+def test_a_start_that_is_no_number_leaves_its_neighbours_untouched() -> None:
+    score, z = random_mixture(2, 2).score_model(VP()), normal(generator(5), 3, 2)
+    prior = torch.distributions.Independent(
+        torch.distributions.Normal(torch.zeros(2).double(), 1.0), 1
+    )
+    whole = sample_with_log_prob(score, VP(), x=z, prior=prior)
+    z[1] = torch.nan
+    found = sample_with_log_prob(score, VP(), x=z, prior=prior)
+    assert found.ok.tolist() == [True, False, True] and bool(found.log_prob[1].isnan())
+    torch.testing.assert_close(found.log_prob[::2], whole.log_prob[::2])
+
+
+def test_conditions_follow_the_samples_that_are_drawn() -> None:
+    mix, shift = random_mixture(2, 2), torch.arange(7).double()[:, None]
+    score, z = mix.score_model(VP()), normal(generator(5), 7, 2)
+
+    def moved(x: Tensor, t: Tensor, shift: Tensor) -> Tensor:
+        return score(x - VP().alpha(t)[:, None] * shift, t)
+
+    def law(y: Tensor) -> Tensor:
+        return -y.square().sum(1) / 2
+
+    found = sample_with_log_prob(moved, OwnVP(), x=z, prior=law, solver=TIGHT, chunk=3, shift=shift)
+    start = z - VP().alpha(1.0) * shift
+    plain = sample_with_log_prob(score, VP(), x=start, prior=law, t_end=1e-3, solver=TIGHT)
+    assert found.x is not None and plain.x is not None
+    expected = plain.x + VP().alpha(1e-3) * shift
+    torch.testing.assert_close(found.x, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(found.log_det, plain.log_det, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message", "options"),
+    [
+        (ArgumentError, "no prior to draw from: give the start x=", {"shape": (2, 3)}),
+        (ArgumentError, "give the start x=", {"shape": (2, 3), "prior": torch.sum}),
+        (ArgumentError, "give the start x=", {"sde": VP(), "shape": (2, 3), "prior": torch.sum}),
+        (ArgumentError, "prior=", {"x": torch.zeros(2, 3)}),
+        (ArgumentError, "prior is float", {"x": torch.zeros(2, 3), "prior": 1.0}),
+        (ArgumentError, "either shape=", {}),
+        (ArgumentError, "not both", {"shape": (2, 3), "x": torch.zeros(2, 3)}),
+        (ArgumentError, "x= has its own", {"x": torch.zeros(2, 3), "dtype": torch.float32}),
+        (ShapeError, "Independent", {"x": torch.zeros(2, 3), "prior": torch.square}),
+        (ShapeError, "at least one", {"x": torch.zeros(0, 3), "prior": torch.sum}),
+        (GridError, "give decreasing", {"sde": VP(), "shape": (2, 3), "t_start": 0.1, "t_end": 1}),
+        (
+            GridError,
+            "give decreasing",
+            {"x": torch.zeros(2, 3), "prior": torch.sum, "grid": (0.1, 1), "solver": "ab3_flow"},
+        ),
+        (ArgumentError, "steps= does not", {"sde": VP(), "shape": (2, 3), "steps": 4}),
+        (ArgumentError, "cost= does not", {"x": torch.zeros(2, 3), "prior": torch.sum, "cost": 99}),
+        (
+            ArgumentError,
+            "draws noise",
+            {"x": torch.zeros(2, 3), "prior": torch.sum, "solver": "euler_maruyama"},
+        ),
+    ],
+)
+def test_samples_with_a_density_need_a_law_to_start_from(
+    kind: type[Exception], message: str, options: dict[str, Any]
+) -> None:
+    def score(x: Tensor, t: Tensor) -> Tensor:
+        raise AssertionError("the model was called")
+
+    with pytest.raises(kind, match=message):
+        sample_with_log_prob(score, **{"sde": OwnVP(), **options})
 
 
 # Ways to differentiate

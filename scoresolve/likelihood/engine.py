@@ -111,7 +111,7 @@ def data_std(
             f"standard deviation {UNKNOWN_STD:g} are assumed, and nodes may lie badly: set "
             "data_scale, as measure_scale gives it for one condition",
             ModelWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     return (UNKNOWN_STD if scale is None else scale / scale_of_data(1.0, size)), spent
 

@@ -2,19 +2,18 @@
 
     d/dt (x, l) = (v, div v),    log p_0(x_0) = log p_T(x_T) + l(T)
 
-K = 1 column for the exact divergence, or one for each Hutchinson probe, whose spread then tells the
-standard error. Any process and any deterministic solver will do that steps in x itself.
+Towards data l runs from 0 at T, and -l(0) is what is added. K = 1 column for the exact divergence,
+or one for each Hutchinson probe, whose spread then tells the standard error. Any process and any
+deterministic solver will do that steps in x itself.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
 from tqdm import tqdm
 
 from scoresolve.divergence import (
@@ -24,22 +23,35 @@ from scoresolve.divergence import (
     velocity_parts,
     walsh_signs,
 )
-from scoresolve.driving import Engine, IntegratorEngine, Part, PlanEngine, Samples, split_cond
-from scoresolve.errors import ArgumentError, GridError, ShapeError
+from scoresolve.driving import (
+    Engine,
+    Given,
+    IntegratorEngine,
+    Part,
+    PlanEngine,
+    drive,
+    split_cond,
+)
+from scoresolve.errors import ArgumentError, GridError
 from scoresolve.grid import Grid, as_grid
 from scoresolve.likelihood.result import Likelihood
 from scoresolve.models import Model, check_output
 from scoresolve.noise import NoiseSource, Purpose
 from scoresolve.plans import Call, Combine, Mark, Plan
 from scoresolve.sampling import Times, grid_for, plan, refuse
-from scoresolve.sde import EDM, SDE, VE, GaussianSDE, TimeLike, expand
+from scoresolve.sde import EDM, SDE, VE, Prior, TimeLike, expand, log_prior
 from scoresolve.solvers import REGISTRY, Integrator, Solver
 
-__all__ = ["DEFAULT_NFE", "JointEngine", "JointFlow", "Prior", "joint_engine", "joint_result"]
+__all__ = [
+    "DEFAULT_NFE",
+    "JointEngine",
+    "JointFlow",
+    "check_direction",
+    "joint_engine",
+    "solve_joint",
+]
 
 DEFAULT_NFE = 100
-
-Prior = Distribution | Callable[[Tensor], Tensor]
 
 
 class JointFlow(Model):
@@ -142,38 +154,46 @@ class JointEngine(Engine):
         return self.engine.solve(model, x, source, bar, cond)
 
 
-def joint_result(
-    run: Samples, flow: JointFlow, sde: SDE, t_end: float, prior: Prior | None
+def solve_joint(
+    engine: Engine,
+    flow: JointFlow,
+    sde: SDE,
+    x: Tensor,
+    prior: Prior | None,
+    to_noise: bool,
+    source: NoiseSource,
+    chunk: int | None,
+    progress: bool,
 ) -> Likelihood:
-    """The likelihood of joint states that were solved up to `t_end`.
+    """The likelihood of data `x` that the flow takes to noise, or of what it makes of noise `x`.
 
     Args:
-        run: the states.
-        flow: their flow.
+        engine: solves the joint flow, in the direction of its times.
+        flow: a joint flow of states like `x`.
         sde: the process.
-        t_end: where they are.
-        prior: the law there; if omitted the process's prior, its standard deviation scaled by
-            sigma(t_end) / sigma(T).
+        x: [B, *event].
+        prior: the law at the noisy end; if omitted the process's own, see `log_prior`.
+        to_noise: the direction.
+        source: the probes.
+        chunk, progress: as for `drive`.
 
     Raises:
-        ShapeError: the prior's log-density is not [B].
+        ArgumentError, ShapeError: as for `log_prior`.
     """
-    flat, columns = run.x[:, : flow.size], run.x[:, flow.size :]
-    log_det = columns.mean(1)
-    at = torch.where(run.ok[:, None], flat, 0)
-    if prior is not None:
-        latent = at.reshape(-1, *flow.event)
-        density = prior.log_prob(latent) if isinstance(prior, Distribution) else prior(latent)
-        if density.shape != log_det.shape:
-            raise ShapeError(
-                f"the prior's log-density has shape {tuple(density.shape)} for {len(at)} samples: "
-                "give one that reduces the event, such as torch.distributions.Independent"
-            )
-    else:
-        assert isinstance(sde, GaussianSDE)
-        scale = float(sde.sigma(t_end) / sde.sigma(sde.T))
-        usual = sde.prior((flow.batch, flow.size), dtype=flat.dtype, device=flat.device)
-        density = usual.log_prob(at / scale) - flow.size * math.log(scale)
+    start, rows = flow.join(x), torch.arange(flow.batch, device=x.device)
+
+    def density(state: Tensor, good: Tensor) -> Tensor:
+        latent = torch.where(good[:, None], state[:, : flow.size], 0).reshape(-1, *flow.event)
+        return log_prior(sde, latent, engine.times[-1 if to_noise else 0], prior)
+
+    known = None if to_noise else density(start, start.isfinite().all(1))
+    run = drive(
+        JointEngine(engine), flow, Given(start), source, chunk, progress, False, {"rows": rows}
+    )
+    columns, end = run.x[:, flow.size :], flow.latent(run.x)
+    log_det = columns.mean(1) if to_noise else -columns.mean(1)
+    if known is None:
+        known = density(run.x, run.ok)
     if flow.probe_count == 0:
         error = torch.zeros_like(log_det)
     elif flow.probe_count == 1:
@@ -181,13 +201,14 @@ def joint_result(
     else:
         error = columns.std(1) / math.sqrt(flow.probe_count)
     return Likelihood(
-        log_prob=torch.where(run.ok, density + log_det, torch.nan),
+        log_prob=torch.where(run.ok, known + log_det, torch.nan),
         standard_error=torch.where(run.ok, error, torch.nan),
-        latent=flow.latent(run.x),
+        latent=end if to_noise else x,
         status=run.status,
         nfe=run.nfe,
         forwards=flow.forwards,
         products=flow.forwards * (flow.probe_count or flow.size),
+        x=x if to_noise else end,
         log_det=torch.where(run.ok, log_det, torch.nan),
     )
 
@@ -200,13 +221,19 @@ def joint_engine(
     steps: int | None,
     nfe: int | None,
     grid: str | Times | None,
+    to_noise: bool = True,
 ) -> Engine:
-    """What solves the joint flow, from data to noise.
+    """What solves the joint flow from `start` to `end`.
 
     Raises:
-        ArgumentError: the solver does not step in x itself, or a budget does not go with it.
-        GridError: times that decrease or leave the process.
+        ArgumentError: the solver draws noise or does not step in x itself, or a budget does not
+            go with it.
+        GridError: times of the other direction, or that leave the process.
     """
+    if solver.stochastic:
+        raise ArgumentError(
+            f"{solver.name!r} draws noise: a likelihood needs a deterministic solver"
+        )
     if isinstance(solver, Integrator):
         refuse(solver, steps=steps, nfe=nfe, grid=grid)
         times = Grid((start, end))
@@ -216,7 +243,7 @@ def joint_engine(
         times = grid_for(solver, sde, grid=name, steps=steps, nfe=calls, t_start=start, t_end=end)
     else:
         times = as_grid(grid, False)
-    check_direction(times, sde)
+    check_direction(times, sde, to_noise)
     if isinstance(solver, Integrator):
         engine: Engine = _InTime(solver, sde, (start, end), False)
         engine.times = times.times
@@ -224,14 +251,19 @@ def joint_engine(
     return PlanEngine(_flow_plan(solver, sde, times), None, False)
 
 
-def check_direction(times: Grid, sde: SDE) -> None:
-    """Raise `GridError` unless the times lie inside the process and increase."""
+def check_direction(times: Grid, sde: SDE, to_noise: bool) -> None:
+    """Raise `GridError` unless the times lie inside the process and increase to noise."""
     times.check(sde)
     start, end = times.times[0], times.times[-1]
-    if start > end:
+    if to_noise and start > end:
         raise GridError(
             f"the times fall from {start:g} to {end:g}: a likelihood follows data to noise, "
             "give increasing times"
+        )
+    if not to_noise and start < end:
+        raise GridError(
+            f"the times rise from {start:g} to {end:g}: samples are drawn from noise to data, "
+            "give decreasing times"
         )
 
 

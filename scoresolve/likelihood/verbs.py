@@ -10,14 +10,22 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from scoresolve.divergence import Differentiator
-from scoresolve.driving import Given, Samples, device_of, drive, failure, warn_of_dropout
+from scoresolve.driving import (
+    Engine,
+    Given,
+    Samples,
+    device_of,
+    drive,
+    failure,
+    warn_of_dropout,
+)
 from scoresolve.errors import (
     ArgumentError,
     ModelWarning,
@@ -35,12 +43,10 @@ from scoresolve.likelihood.engine import (
     scale_hidden,
 )
 from scoresolve.likelihood.joint import (
-    JointEngine,
     JointFlow,
-    Prior,
     check_direction,
     joint_engine,
-    joint_result,
+    solve_joint,
 )
 from scoresolve.likelihood.path import Field
 from scoresolve.likelihood.result import ErrorBudget, Likelihood
@@ -48,7 +54,17 @@ from scoresolve.models import Model, as_model
 from scoresolve.noise import NoiseSource, Purpose, as_noise
 from scoresolve.plans import check_state
 from scoresolve.sampling import Times
-from scoresolve.sde import SDE, VP, CosineVP, GaussianSDE, RectifiedFlow, SubVP
+from scoresolve.sde import (
+    SDE,
+    VP,
+    CosineVP,
+    GaussianSDE,
+    Prior,
+    RectifiedFlow,
+    SubVP,
+    check_prior,
+    prior_scale,
+)
 from scoresolve.solvers import Integrator, Solver, get_solver
 
 __all__ = [
@@ -107,8 +123,8 @@ def log_likelihood(
 
     Args:
         score: callable `score(x, t, **cond)` or a `Model`, differentiable in x.
-        sde: the process. A model of another Gaussian process is matched by log-SNR. One with a
-            nonlinear drift needs `prior`, and "auto" is then "dopri5".
+        sde: the process. A model of another Gaussian process is matched by log-SNR. One
+            that has no prior of its own, being given by drift and diffusion, needs `prior`.
         x: data, [B, *event], floating point; it is not written into.
         solver: "auto", a deterministic adaptive solver, or a fixed-grid solver in flow form.
         cost: with "auto", about how many evaluations and products each sample may cost, at least
@@ -151,72 +167,48 @@ def log_likelihood(
         (1806.07366), eq. 8; Grathwohl et al. 2019 (1810.01367), section 3.1. Nodes, quadrature
         and probes of the default are this package's.
     """
-    if not isinstance(sde, GaussianSDE) and prior is None:
-        raise ArgumentError(f"{sde} has no prior in closed form: give the law at its end as prior=")
+    check_prior(sde, prior)
     _check_data(x)
     size = math.prod(x.shape[1:])
     if dequantise is not None and not 0 < dequantise < math.inf:
         raise ArgumentError(f"dequantise = {dequantise}: give the width of a bin, above 0")
-    if grid is not None and not isinstance(grid, str):
-        given = {"steps": steps, "nfe": nfe, "t_start": t_start, "t_end": t_end}
-        if extra := [name for name, value in given.items() if value is not None]:
-            raise ArgumentError(f"an explicit grid fixes the times: leave out {extra[0]}=")
-    known_name("trace", trace, _TRACES)
-    if probes is not None:
-        whole_number("probes", probes)
-    start = _data_time(sde) if t_start is None else t_start
-    ends = start, sde.T if t_end is None else t_end
-    source, differentiator = as_noise(noise, seed), Differentiator(mode)
-    model = as_model(score, sde)
-    nodes_suffice = isinstance(sde, GaussianSDE) and prior is None
-    if solver == "auto" and nodes_suffice:
-        for name, value in {"steps": steps, "grid": grid}.items():
-            if value is not None:
-                raise ArgumentError(f"{name}= does not go with 'auto': give cost= or nfe=")
-        budget = _budget(size, cost, nfe, trace, probes)
-        check_direction(Grid(ends), sde)
-        engine: Any = None
-    else:
-        resolved = get_solver("dopri5" if solver == "auto" else solver)
-        if cost is not None:
-            raise ArgumentError(f"cost= does not go with {resolved.name!r}: leave it out")
-        if resolved.stochastic:
-            raise ArgumentError(
-                f"{resolved.name!r} draws noise: a likelihood needs a deterministic solver"
-            )
-        engine = joint_engine(resolved, sde, *ends, steps, nfe, grid)
-    if chunk is not None:
-        whole_number("chunk", chunk)
+    _check_grid(grid, steps, nfe, t_start, t_end)
+    task = _Task(
+        as_model(score, sde),
+        sde,
+        (_data_time(sde) if t_start is None else t_start, sde.T if t_end is None else t_end),
+        True,
+        trace,
+        None if probes is None else whole_number("probes", probes),
+        Differentiator(mode),
+        as_noise(noise, seed),
+        None if chunk is None else whole_number("chunk", chunk),
+        progress,
+        cond,
+    )
+    own = isinstance(sde, GaussianSDE) and prior is None
+    way = task.way(size, solver, own, cost, steps, nfe, grid)
     warn_of_dropout(score)
     with torch.inference_mode(False), torch.no_grad():
         width = dequantise or 0.0
-        data = x + width * source.uniform(x, 0, Purpose.DEQUANTISE) if width else x.clone()
-        rows = {"rows": torch.arange(x.shape[0], device=x.device)}
-        if engine is None:
-            assert isinstance(sde, GaussianSDE)
-            engine, shared = _path_engine(
-                model, sde, data, ends, budget, differentiator, True, cond
-            )
-            run = drive(engine, model, Given(data), source, chunk, progress, False, rows)
-            result = _path_result(run, engine, model, data, shared, True)
-        else:
-            exact = trace == "exact" or (trace == "auto" and size <= EXACT_UP_TO)
-            count = 0 if exact else probes or DEFAULT_PROBES
-            turning = engine.plan is not None
-            flow = JointFlow(model, sde, data, count, turning, cond, differentiator)
-            begin = Given(flow.join(data))
-            run = drive(JointEngine(engine), flow, begin, source, chunk, progress, False, rows)
-            result = replace(joint_result(run, flow, sde, engine.times[-1], prior), x=data)
-    return _finish(replace(result, bin_width=dequantise), differentiator, raise_on_failure)
+        data = x + width * task.source.uniform(x, 0, Purpose.DEQUANTISE) if width else x.clone()
+        result = task.solve(way, data, prior)
+    result = replace(result, bin_width=dequantise)
+    return _finish(result, task.differentiator, raise_on_failure)
 
 
 def sample_with_log_prob(
     score: Model | Callable[..., Tensor],
-    sde: GaussianSDE,
-    shape: Sequence[int],
+    sde: SDE,
+    shape: Sequence[int] | None = None,
     *,
+    x: Tensor | None = None,
+    prior: Prior | None = None,
+    solver: str | Solver | Integrator = "auto",
     cost: int | None = None,
+    steps: int | None = None,
     nfe: int | None = None,
+    grid: str | Times | None = None,
     t_start: float | None = None,
     t_end: float | None = None,
     trace: str = "auto",
@@ -234,43 +226,67 @@ def sample_with_log_prob(
     """Draw samples and their log-densities in one pass from noise to data.
 
     Args:
-        score, cost, nfe, trace, probes, mode: as in `log_likelihood`; and so are
-        seed, noise, chunk, progress, raise_on_failure, cond: see there.
-        sde: the process, a Gaussian one: for others draw with `sample` from the law at their end,
-            and call `log_likelihood` on the samples with that law as `prior`.
-        shape: [B, *event].
+        score, sde, solver, cost, steps, nfe, trace: as in `log_likelihood`; and so are
+        probes, mode, seed, noise, chunk, progress, raise_on_failure, cond: see there.
+        shape: [B, *event], to start from the prior of a Gaussian process; or
+        x: the states at `t_start`, [B, *event]; it is not written into. "auto" is then "dopri5".
+        prior: the law that `x` was drawn from, a distribution or a log-density over [B, *event];
+            the process's own if omitted.
+        grid: a `Grid` or decreasing times, or a name, for a fixed-grid solver.
         t_start, t_end: times of noise and data; T and the data's time of `log_likelihood` if
             omitted.
-        dtype, device: of the samples; the default dtype and the network's device.
+        dtype, device: of the samples, with `shape`; the default dtype and the network's device.
 
     Returns:
         A `Likelihood`: the samples are `.x`, their starts `.latent`.
 
     Raises:
-        As `log_likelihood`.
+        ArgumentError: as for `log_likelihood`; also for a process that has no prior to draw from,
+            without `x`.
+        ShapeError, GridError, UnknownNameError, SolveError: as for `log_likelihood`; also for
+            times that increase.
     """
-    if not isinstance(sde, GaussianSDE):
-        raise ArgumentError(f"{sde} has no prior to draw from: take a Gaussian process")
-    sizes = tuple(whole_number("size", size) for size in shape)
-    if not sizes:
-        raise ShapeError("shape is empty: give [B, *event]")
-    budget = _budget(math.prod(sizes[1:]), cost, nfe, trace, probes)
-    ends = (_data_time(sde) if t_end is None else t_end, sde.T if t_start is None else t_start)
-    check_direction(Grid(ends), sde)
-    source, differentiator, model = (
-        as_noise(noise, seed),
-        Differentiator(mode),
+    if (shape is None) == (x is None):
+        raise ArgumentError("give either shape=[B, *event] or a start x=, not both")
+    if x is None and (prior is not None or not isinstance(sde, GaussianSDE)):
+        law = f"{sde} has no prior to draw from" if prior is None else "a prior= is not drawn from"
+        raise ArgumentError(f"{law}: give the start x=, and as prior= the law that it comes from")
+    if x is not None and (dtype is not None or device is not None):
+        raise ArgumentError("dtype= and device= go with shape=: x= has its own")
+    check_prior(sde, prior)
+    if x is None:
+        sizes = tuple(whole_number("size", size) for size in shape or ())
+        if not sizes:
+            raise ShapeError("shape is empty: give [B, *event]")
+    else:
+        _check_data(x)
+        sizes = tuple(x.shape)
+    _check_grid(grid, steps, nfe, t_start, t_end)
+    task = _Task(
         as_model(score, sde),
+        sde,
+        (_data_time(sde) if t_end is None else t_end, sde.T if t_start is None else t_start),
+        False,
+        trace,
+        None if probes is None else whole_number("probes", probes),
+        Differentiator(mode),
+        as_noise(noise, seed),
+        None if chunk is None else whole_number("chunk", chunk),
+        progress,
+        cond,
     )
+    way = task.way(math.prod(sizes[1:]), solver, x is None, cost, steps, nfe, grid)
     warn_of_dropout(score)
     factory: dict[str, Any] = {"dtype": dtype, "device": device or device_of(score)}
     with torch.inference_mode(False), torch.no_grad():
-        z = source.normal(torch.empty(sizes, **factory), 0, Purpose.START)
-        rows = {"rows": torch.arange(len(z), device=z.device)}
-        engine, shared = _path_engine(model, sde, z, ends, budget, differentiator, False, cond)
-        run = drive(engine, model, Given(z), source, chunk, progress, False, rows)
-        result = _path_result(run, engine, model, z, shared, False)
-    return _finish(result, differentiator, raise_on_failure)
+        if x is None:
+            start = task.source.normal(torch.empty(sizes, **factory), 0, Purpose.START)
+            if isinstance(way, Engine) and isinstance(sde, GaussianSDE):
+                start = start.mul_(sde.prior_std * prior_scale(sde, way.times[0]))
+        else:
+            start = x.clone()
+        result = task.solve(way, start, prior)
+    return _finish(result, task.differentiator, raise_on_failure)
 
 
 def _check_data(x: Tensor) -> None:
@@ -281,10 +297,9 @@ def _check_data(x: Tensor) -> None:
 
 def _budget(size: int, cost: int | None, nfe: int | None, trace: str, probes: int | None) -> Budget:
     """Nodes and products of a sample of `size` elements."""
-    known_name("trace", trace, _TRACES)
     total = whole_number("cost", DEFAULT_COST if cost is None else cost, LEAST_COST)
     nodes = None if nfe is None else whole_number("nfe", nfe, 4)
-    a_call = None if probes is None else whole_number("probes", probes)
+    a_call = probes
     if nodes is not None and a_call is None:
         a_call = DEFAULT_PROBES if cost is None else max(1, round(total / nodes) - 1)
     room = total // (1 + size)
@@ -297,6 +312,93 @@ def _budget(size: int, cost: int | None, nfe: int | None, trace: str, probes: in
         return Budget(None, 0, total)
     nodes = nodes or max(16, total // (1 + a_call))
     return Budget(nodes, nodes * a_call, total)
+
+
+def _check_grid(
+    grid: str | Times | None,
+    steps: int | None,
+    nfe: int | None,
+    t_start: float | None,
+    t_end: float | None,
+) -> None:
+    if grid is not None and not isinstance(grid, str):
+        given = {"steps": steps, "nfe": nfe, "t_start": t_start, "t_end": t_end}
+        if extra := [name for name, value in given.items() if value is not None]:
+            raise ArgumentError(f"an explicit grid fixes the times: leave out {extra[0]}=")
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One pass along the flow and what it needs, whichever way it is solved.
+
+    Attributes:
+        ends: times of data and noise.
+        to_noise: the direction.
+    """
+
+    model: Model
+    sde: SDE
+    ends: tuple[float, float]
+    to_noise: bool
+    trace: str
+    probes: int | None
+    differentiator: Differentiator
+    source: NoiseSource
+    chunk: int | None
+    progress: bool
+    cond: dict[str, Any]
+
+    def way(
+        self,
+        size: int,
+        solver: str | Solver | Integrator,
+        own_prior: bool,
+        cost: int | None,
+        steps: int | None,
+        nfe: int | None,
+        grid: str | Times | None,
+    ) -> Budget | Engine:
+        """A budget for the shared nodes, or the engine of a solver that steps in x.
+
+        The nodes run from no noise to noise alone, so that the law there must be the process's
+        own.
+        """
+        known_name("trace", self.trace, _TRACES)
+        first, last = self.ends if self.to_noise else self.ends[::-1]
+        if solver == "auto" and own_prior:
+            for name, value in {"steps": steps, "grid": grid}.items():
+                if value is not None:
+                    raise ArgumentError(f"{name}= does not go with 'auto': give cost= or nfe=")
+            budget = _budget(size, cost, nfe, self.trace, self.probes)
+            check_direction(Grid((first, last)), self.sde, self.to_noise)
+            return budget
+        resolved = get_solver("dopri5" if solver == "auto" else solver)
+        if cost is not None:
+            raise ArgumentError(f"cost= does not go with {resolved.name!r}: leave it out")
+        return joint_engine(resolved, self.sde, first, last, steps, nfe, grid, self.to_noise)
+
+    def solve(self, way: Budget | Engine, x: Tensor, prior: Prior | None) -> Likelihood:
+        """The likelihood of data `x`, or of what comes of the noise `x`."""
+        if isinstance(way, Engine):
+            size = math.prod(x.shape[1:])
+            exact = self.trace == "exact" or (self.trace == "auto" and size <= EXACT_UP_TO)
+            count = 0 if exact else self.probes or DEFAULT_PROBES
+            turning = way.plan is not None
+            flow = JointFlow(
+                self.model, self.sde, x, count, turning, self.cond, self.differentiator
+            )
+            return solve_joint(
+                way, flow, self.sde, x, prior, self.to_noise, self.source, self.chunk, self.progress
+            )
+        assert isinstance(self.sde, GaussianSDE)
+        engine, shared = _path_engine(
+            self.model, self.sde, x, self.ends, way, self.differentiator, self.to_noise, self.cond
+        )
+        rows = {"rows": torch.arange(len(x), device=x.device)}
+        run = drive(
+            engine, self.model, Given(x), self.source, self.chunk, self.progress, False, rows
+        )
+        return _path_result(run, engine, self.model, x, shared, self.to_noise)
 
 
 def _path_engine(

@@ -10,6 +10,7 @@ from scoresolve.sde.discrete import (
 from scoresolve.sde.flow import RectifiedFlow
 from scoresolve.sde.gaussian import GaussianSDE, SchedulePoint
 from scoresolve.sde.langevin import Langevin, UnderdampedLangevin
+from scoresolve.sde.prior import Prior, check_prior, log_prior, prior_scale
 from scoresolve.sde.ve import EDM, VE
 from scoresolve.sde.vp import VP, CosineVP, SubVP, VariancePreserving
 
@@ -22,6 +23,7 @@ __all__ = [
     "DiscreteVP",
     "GaussianSDE",
     "Langevin",
+    "Prior",
     "RectifiedFlow",
     "SchedulePoint",
     "Score",
@@ -30,8 +32,11 @@ __all__ = [
     "UnderdampedLangevin",
     "VariancePreserving",
     "as_time",
+    "check_prior",
     "cosine_betas",
     "expand",
     "linear_betas",
+    "log_prior",
+    "prior_scale",
     "scaled_linear_betas",
 ]
