@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from strategies import BenesSDE, generator, normal
+from strategies import BenesSDE, OwnVP, Well, generator, normal, wells
 from torch import Tensor, nn
 
 import scoresolve as ss
@@ -19,7 +20,7 @@ from scoresolve.gradients import (
     differentiable_sample,
 )
 from scoresolve.plans import Linear, Run
-from scoresolve.sde import GaussianSDE
+from scoresolve.sde import SDE, GaussianSDE
 from scoresolve.solvers import REGISTRY, Solver
 
 VP = ss.VP()
@@ -404,6 +405,79 @@ def test_the_gradient_of_the_exact_log_density_is_the_score(sde: GaussianSDE, mo
     torch.testing.assert_close(gradient, at.score(x.detach()), rtol=0, atol=2e-2)
 
 
+LAW = torch.distributions.Independent(
+    torch.distributions.Normal(torch.zeros(3).double(), torch.tensor([1.0, 1.5, 0.7]).double()), 1
+)
+
+
+@pytest.mark.parametrize("probes", [None, 2])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_nonlinear_drift_has_gradients_that_are_finite_differences(mode, probes):
+    sde, net = BenesSDE(), Network()
+    grid = ss.make_grid("uniform", sde, 12, 0.2, 1.4)
+
+    def value(x: Tensor) -> Tensor:
+        return differentiable_log_likelihood(
+            lambda y, t: -net(y, t), sde, x, prior=LAW, probes=probes, grid=grid, mode=mode
+        )
+
+    assert slope_error(value, net, start()) < (1e-3 if mode == "adjoint" else 1e-6)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_drift_and_diffusion_alone_give_the_gradients_of_the_process(mode):
+    net = Network()
+    grid = ss.make_grid("quadratic", VP, 12, 1e-3, 1.0)
+
+    def value(sde: SDE, **options: Any) -> Callable[[Tensor], Tensor]:
+        return lambda x: differentiable_log_likelihood(
+            lambda y, t: -net(y, t), sde, x, grid=grid, mode=mode, **options
+        )
+
+    law = torch.distributions.Independent(
+        torch.distributions.Normal(torch.zeros(3).double(), VP.prior_std), 1
+    )
+    own, known = value(OwnVP(), prior=law), value(VP)
+    torch.testing.assert_close(own(start()), known(start()), rtol=0, atol=1e-10)
+    found = both_gradients(own, net, start())
+    assert distance(found, both_gradients(known, net, start())) < 1e-9
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("well", wells(), ids=["overdamped", "underdamped"])
+def test_langevin_dynamics_have_the_gradients_of_their_density(mode: str, well: Well):
+    """Through score, drift and prior the stiffness drops out: it does not move the start."""
+    x = normal(generator(3), 4, len(well.start), 2).requires_grad_()
+    value = differentiable_log_likelihood(
+        well.score, well.sde, x, steps=60, mode=mode, prior=lambda y: well.log_prob(y, 0.6)
+    )
+    exact = well.log_prob(x, 0.0)
+    torch.testing.assert_close(value, exact, rtol=0, atol=1e-5)
+    leaves = [x, well.start, well.factor, well.stiffness]
+    found = torch.autograd.grad(weighted(value), leaves)
+    expected = torch.autograd.grad(weighted(exact), leaves, materialize_grads=True)
+    assert not bool(expected[-1].any())
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sde", "options"),
+    [(ss.EDM(), {}), (VP, {"prior": LAW}), (OwnVP(), {"prior": LAW}), (BenesSDE(), {"prior": LAW})],
+    ids=str,
+)
+def test_the_value_is_that_of_the_likelihood_on_the_same_grid(sde, options):
+    net = Network()
+    grid = ss.make_grid("uniform", sde, 12, 0.1 * sde.T, 0.6 * sde.T)  # its last time is not T
+
+    def score(x: Tensor, t: Tensor) -> Tensor:
+        return -net(x, t) / sde.T
+
+    found = differentiable_log_likelihood(score, sde, start(), grid=grid, **options)
+    expected = ss.log_likelihood(score, sde, start(), solver="rk4_flow", grid=grid, **options)
+    torch.testing.assert_close(found.detach(), expected.log_prob, rtol=1e-10, atol=1e-10)
+
+
 def test_probes_estimate_the_gradient_without_bias():
     net, n = Network(), 2000
     model, x = ss.from_eps(net, VP), start(1)
@@ -428,6 +502,9 @@ def test_a_state_of_any_shape_is_carried():
 
 
 def test_bad_input_is_refused():
+    def uncalled(x: Tensor, t: Tensor) -> Tensor:
+        raise AssertionError("the model was called")
+
     model, x = ss.from_eps(Network(), VP), start()
     for error, call in (
         (UnknownNameError, lambda: differentiable_sample(model, VP, x, mode="adjont")),
@@ -440,6 +517,8 @@ def test_bad_input_is_refused():
         (ArgumentError, lambda: differentiable_sample(model, VP, x, mode="adjoint", segment=2)),
         (ArgumentError, lambda: differentiable_log_likelihood(model, VP, x, probes=0)),
         (GridError, lambda: differentiable_log_likelihood(model, VP, x, grid=[0.9, 0.1])),
+        (ArgumentError, lambda: differentiable_log_likelihood(uncalled, BenesSDE(), x)),
+        (ArgumentError, lambda: differentiable_log_likelihood(uncalled, VP, x, prior=1.0)),
         (
             ArgumentError,
             lambda: differentiable_log_likelihood(

@@ -1,6 +1,6 @@
 r"""Log-densities as a differentiable function of the data and of the network.
 
-    log p(x) = log N(x_T; 0, prior_std^2 I) + int div v(x_t, t) dt,   dx/dt = v
+    log p(x) = log p_T(x_T) + int div v(x_t, t) dt,   dx/dt = v
 
 State and integral are one state [B, D + 1], whose velocity (v, div v) is differentiable because
 the divergence is taken with a graph of its own; it then goes through any plan and any mode.
@@ -23,7 +23,7 @@ from scoresolve.grid import Grid, as_grid, make_grid
 from scoresolve.models import Model, as_model, check_output
 from scoresolve.noise import NoiseSource, Philox, Purpose
 from scoresolve.plans import check_state
-from scoresolve.sde import EDM, SDE, VE, GaussianSDE, TimeLike, expand
+from scoresolve.sde import EDM, SDE, VE, Prior, TimeLike, check_prior, expand, log_prior
 from scoresolve.solvers import Solver, get_solver
 
 __all__ = ["differentiable_log_likelihood"]
@@ -33,7 +33,7 @@ Times = Grid | Sequence[float] | Tensor
 
 def differentiable_log_likelihood(
     score: Model | Callable[..., Tensor],
-    sde: GaussianSDE,
+    sde: SDE,
     x: Tensor,
     *,
     steps: int = 50,
@@ -42,12 +42,13 @@ def differentiable_log_likelihood(
     mode: str = "checkpoint",
     segment: int | None = None,
     refine: int = 1,
+    prior: Prior | None = None,
     seed: int = 0,
     **cond: Any,
 ) -> Tensor:
     r"""Log-density under the probability flow, differentiable in data and parameters.
 
-        log p(x) = log N(x_T; 0, prior_std^2 I) + int div v(x_t, t) dt,   dx/dt = v
+        log p(x) = log p_T(x_T) + int div v(x_t, t) dt,   dx/dt = v
 
     by classical Runge-Kutta steps on state and integral together. Its gradient with respect to
     `x` is the model's score at the first time if that score is exact; a network's own score is an
@@ -55,7 +56,7 @@ def differentiable_log_likelihood(
 
     Args:
         score: callable `score(x, t, **cond)` or a `Model`, twice differentiable.
-        sde: the process, a Gaussian one.
+        sde: the process. One that is given by drift and diffusion needs `prior`.
         x: data at the first time, [B, *event], floating point.
         steps: Runge-Kutta steps from `sde.t_min` to `sde.T`, four calls each; or
         grid: increasing times, instead of `steps`.
@@ -63,6 +64,8 @@ def differentiable_log_likelihood(
             that of the estimate. If omitted, the exact divergence, D products a call.
         mode, segment, refine: as in `differentiable_sample`; the adjoint is that of
             state and integral together.
+        prior: the law p_T at the last time, a distribution or a log-density over [B, *event],
+            instead of the process's own; gradients flow to what it is made of.
         seed: seed of the probes.
         **cond: passed on to the model.
 
@@ -70,16 +73,15 @@ def differentiable_log_likelihood(
         log p(x), [B] in the dtype of `x`, attached to `x` and to the leaves that the model uses.
 
     Raises:
-        ArgumentError: the process is not Gaussian, the model's output has no gradient with
-            respect to x, or a number is out of range.
+        ArgumentError: there is no prior, the model's output has no gradient with respect to x,
+            or a number is out of range.
         ShapeError, GridError, UnknownNameError: as for `differentiable_sample`.
 
     Source:
         Chen et al. 2018 (1806.07366), theorem 1 (instantaneous change of variables) and appendix
         B; Grathwohl et al. 2019 (1810.01367), section 3.1, for fixed probes.
     """
-    if not isinstance(sde, GaussianSDE):
-        raise ArgumentError(f"{sde} has no prior: give a Gaussian process")
+    check_prior(sde, prior)
     check_state(x)
     if grid is None:
         name = "karras" if isinstance(sde, VE | EDM) else "quadratic"
@@ -97,9 +99,7 @@ def differentiable_log_likelihood(
     start = torch.cat([x.reshape(len(x), -1), x.new_zeros(len(x), 1)], 1)
     end = Path(solver, sde, times, flow, Philox(seed), {}).solve(start, mode, segment, refine)
     latent, integral = end[:, :-1], end[:, -1]
-    std = sde.prior_std
-    constant = latent.shape[1] * (math.log(std) + math.log(2 * math.pi) / 2)
-    return integral - (latent / std).square().sum(1) / 2 - constant
+    return integral + log_prior(sde, latent.reshape(x.shape), times.times[-1], prior)
 
 
 class _DensityFlow(Model):
