@@ -150,8 +150,14 @@ class Run:
 
     def time(self, log_snr_half: float) -> float:
         """The time at which lam(t) has the given value, inside the grid's interval."""
-        t = float(self._gaussian().time_from_log_snr(2 * log_snr_half))
-        return min(max(t, min(self.times)), max(self.times))
+        return self.times_at([log_snr_half])[0]
+
+    def times_at(self, log_snr_halves: Sequence[float]) -> list[float]:
+        """The times at which lam(t) has the given values, inside the grid's interval."""
+        lam = torch.tensor(log_snr_halves, dtype=torch.float64)
+        t: list[float] = self._gaussian().time_from_log_snr(2 * lam).tolist()
+        low, high = min(self.times), max(self.times)
+        return [min(max(each, low), high) for each in t]
 
     def transition(self, s: float, t: float) -> tuple[float, float]:
         """Scale and standard deviation of x_t | x_s, for s < t."""

@@ -31,12 +31,13 @@ __all__ = [
     "slope_weights",
 ]
 
-Variable = Callable[[Run, float], float]
+Variable = Callable[[Run, Sequence[float]], Sequence[float]]
+"""Its values at several lam at once."""
 VARIABLES: dict[str, Variable] = {
-    "log_snr": lambda run, lam: lam,
-    "sigma": lambda run, lam: math.exp(-lam),
-    "angle": lambda run, lam: math.atan(math.exp(-lam)),
-    "time": lambda run, lam: run.time(lam),
+    "log_snr": lambda run, lams: lams,
+    "sigma": lambda run, lams: [math.exp(-lam) for lam in lams],
+    "angle": lambda run, lams: [math.atan(math.exp(-lam)) for lam in lams],
+    "time": lambda run, lams: run.times_at(lams),
 }
 MATCHED_FROM = 24
 """Steps of a grid from which a "matched" start takes its Runge-Kutta steps."""
@@ -76,7 +77,7 @@ def slope_weights(
     Args:
         form: whose tau is integrated over.
         variable: what the polynomial is in: "clock" (tau), "log_snr", "sigma", "angle" or "time",
-            or a function of the run and lam.
+            or a function of the run and several lam.
         run: the run.
         nodes: distinct times.
         t, s: ends of the step.
@@ -93,17 +94,17 @@ def slope_weights(
     if form.clock_rate is None:
         raise ArgumentError(f"a form of {form.prediction!r} has no polynomials in {variable!r}")
     place = VARIABLES[variable] if isinstance(variable, str) else variable
-    points = [place(run, run.log_snr_half(node)) for node in nodes]
     start, length, panels = _window(form.clock_rate, run.log_snr_half(t), run.log_snr_half(s))
     half = length / panels / 2
+    lams = [start + half * (2 * panel + 1 + x) for panel in range(panels) for x in _ABSCISSAE]
+    values = place(run, [*(run.log_snr_half(node) for node in nodes), *lams])
+    points, values = values[: len(nodes)], values[len(nodes) :]
     weights = [0.0] * len(nodes)
-    for panel in range(panels):
-        for abscissa, share in zip(_ABSCISSAE, _WEIGHTS, strict=True):
-            lam = start + half * (2 * panel + 1 + abscissa)
-            u, density = place(run, lam), half * share * form.clock_rate(lam)
-            for j, u_j in enumerate(points):
-                others = points[:j] + points[j + 1 :]
-                weights[j] += density * math.prod((u - u_k) / (u_j - u_k) for u_k in others)
+    for lam, u, share in zip(lams, values, _WEIGHTS * panels, strict=True):
+        density = half * share * form.clock_rate(lam)
+        for j, u_j in enumerate(points):
+            others = [*points[:j], *points[j + 1 :]]
+            weights[j] += density * math.prod((u - u_k) / (u_j - u_k) for u_k in others)
     return weights
 
 

@@ -14,6 +14,7 @@ over the clock dtau = c' dk/Q(k; c', b') it is taken for a polynomial in the ang
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from scoresolve.errors import real_number, whole_number
 from scoresolve.plans import Run
@@ -64,8 +65,8 @@ class ScaledAdams(Adams):
         form = scaled_form(self.scale * C, B, self.scale * RATE_C, RATE_B)
         turn = self.scale * TURN
 
-        def angle(run: Run, lam: float) -> float:
-            return math.atan(math.exp(-lam) / turn)
+        def angle(run: Run, lams: Sequence[float]) -> list[float]:
+            return [math.atan(math.exp(-lam) / turn) for lam in lams]
 
         if order is None:
             super().__init__(5, form, angle, 5, "graded")
