@@ -105,16 +105,16 @@ class Prior:
         dtype: torch.dtype | None,
         device: torch.device | str | None,
     ) -> None:
-        if not isinstance(sde, GaussianSDE):
+        if not sde.has_prior:
             raise ArgumentError(f"{sde} has no prior: give the start x=")
-        self.shape, self.batch, self.source, self.std = shape, shape[0], source, sde.prior_std
+        self.shape, self.batch, self.source, self.sde = shape, shape[0], source, sde
         self.dtype, self.device = dtype or torch.get_default_dtype(), device
 
     def rows(self, part: slice) -> Tensor:
         count = len(range(*part.indices(self.batch)))
         like = torch.empty((count, *self.shape[1:]), dtype=self.dtype, device=self.device)
         check_state(like)
-        return self.source.rows(part).normal(like, 0, Purpose.START).mul_(self.std)
+        return self.sde.from_normals(self.source.rows(part).normal(like, 0, Purpose.START))
 
 
 class Part(NamedTuple):

@@ -10,6 +10,7 @@ from scoresolve.sde.discrete import (
 from scoresolve.sde.flow import RectifiedFlow
 from scoresolve.sde.gaussian import GaussianSDE, SchedulePoint
 from scoresolve.sde.langevin import Langevin, UnderdampedLangevin
+from scoresolve.sde.linear import CriticallyDampedLangevin, LinearSDE
 from scoresolve.sde.prior import Prior, check_prior, log_prior, prior_scale
 from scoresolve.sde.ve import EDM, VE
 from scoresolve.sde.vp import VP, CosineVP, SubVP, VariancePreserving
@@ -20,9 +21,11 @@ __all__ = [
     "VE",
     "VP",
     "CosineVP",
+    "CriticallyDampedLangevin",
     "DiscreteVP",
     "GaussianSDE",
     "Langevin",
+    "LinearSDE",
     "Prior",
     "RectifiedFlow",
     "SchedulePoint",

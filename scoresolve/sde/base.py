@@ -64,10 +64,12 @@ class SDE(ABC):
     Attributes:
         T: end of the process, where only noise is left.
         t_min: where sampling stops unless told otherwise.
+        has_prior: whether the law at T is known, so that `from_normals` and `prior_log_prob` are.
     """
 
     T: float = 1.0
     t_min: float = 0.0
+    has_prior: bool = False
 
     @abstractmethod
     def drift(self, x: Tensor, t: TimeLike) -> Tensor:
@@ -76,6 +78,22 @@ class SDE(ABC):
     @abstractmethod
     def diffusion(self, t: TimeLike) -> Tensor:
         """g(t), shape of `t`; a degenerate process appends axes for the first event axes."""
+
+    def from_normals(self, z: Tensor) -> Tensor:
+        """A draw of the prior made of standard normals `z` [B, *event], shape of `z`.
+
+        Raises:
+            ArgumentError: the process has no prior.
+        """
+        raise ArgumentError(f"{self} has no prior: give the start x=")
+
+    def prior_log_prob(self, x: Tensor) -> Tensor:
+        """log-density of the prior at `x` [B, *event], [B].
+
+        Raises:
+            ArgumentError: the process has no prior.
+        """
+        raise ArgumentError(f"{self} has no prior: give the law at its end as prior=")
 
     def reverse_drift(
         self, x: Tensor, t: TimeLike, score: Score, eta: float = 1.0, **cond: Any

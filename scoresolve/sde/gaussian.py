@@ -46,6 +46,8 @@ class GaussianSDE(SDE):
     `log_alpha`, `log_sigma` and `time_from_log_snr` may be overridden by stable closed forms.
     """
 
+    has_prior = True
+
     @abstractmethod
     def alpha(self, t: TimeLike) -> Tensor:
         """Signal scale alpha(t) >= 0, shape of `t`."""
@@ -147,6 +149,13 @@ class GaussianSDE(SDE):
     def prior_std(self) -> float:
         """Standard deviation of the prior that sampling starts from."""
         return float(self.sigma(self.T))
+
+    def from_normals(self, z: Tensor) -> Tensor:
+        return self.prior_std * z
+
+    def prior_log_prob(self, x: Tensor) -> Tensor:
+        density: Tensor = self.prior(tuple(x.shape), dtype=x.dtype, device=x.device).log_prob(x)
+        return density
 
     def prior(self, shape: tuple[int, ...], **factory: object) -> Distribution:
         """The prior N(0, prior_std^2 I) on states of `shape` [B, *event].

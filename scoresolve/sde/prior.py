@@ -19,7 +19,7 @@ Prior = Distribution | Callable[[Tensor], Tensor]
 
 def check_prior(sde: SDE, prior: Prior | None) -> None:
     """Raise `ArgumentError` unless there is a law at the end of `sde`, given or its own."""
-    if prior is None and not isinstance(sde, GaussianSDE):
+    if prior is None and not sde.has_prior:
         raise ArgumentError(f"{sde} has no prior in closed form: give the law at its end as prior=")
     if not (prior is None or isinstance(prior, Distribution) or callable(prior)):
         raise ArgumentError(
@@ -48,11 +48,8 @@ def log_prior(sde: SDE, x: Tensor, t: float, prior: Prior | None = None) -> Tens
     """
     check_prior(sde, prior)
     if prior is None:
-        assert isinstance(sde, GaussianSDE)
-        scale = prior_scale(sde, t)
-        own = sde.prior(tuple(x.shape), dtype=x.dtype, device=x.device)
-        usual: Tensor = own.log_prob(x / scale)
-        return usual - math.prod(x.shape[1:]) * math.log(scale)
+        scale = prior_scale(sde, t) if isinstance(sde, GaussianSDE) else 1.0
+        return sde.prior_log_prob(x / scale) - math.prod(x.shape[1:]) * math.log(scale)
     density: Tensor = prior.log_prob(x) if isinstance(prior, Distribution) else prior(x)
     if density.shape != x.shape[:1]:
         raise ShapeError(

@@ -37,6 +37,7 @@ from scoresolve.solvers.registry import ALIASES, REGISTRY, get_solver, nfe_rule,
 from scoresolve.solvers.renoising import Churn, Consistency, Resampling, Restart
 from scoresolve.solvers.runge_kutta import RungeKutta
 from scoresolve.solvers.scaled import ScaledAdams
+from scoresolve.solvers.splitting import SSCS
 from scoresolve.solvers.stochastic import (
     DDIM,
     DDPM,
@@ -64,6 +65,7 @@ __all__ = [
     "RES3S",
     "SEEDS",
     "SRA1",
+    "SSCS",
     "Adams",
     "AdamsBashforth",
     "Adaptive",

@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from scoresolve.errors import ArgumentError, ScoresolveError, ShapeError
 from scoresolve.noise import Philox, Purpose
-from scoresolve.sde import SDE, GaussianSDE, TimeLike, as_time
+from scoresolve.sde import SDE, GaussianSDE, LinearSDE, TimeLike, as_time
 from scoresolve.targets.covariance import Covariance, Diagonal, Full, Isotropic
+from scoresolve.targets.linear import LinearMixtureModel
 from scoresolve.targets.low_rank import LowRank
 from scoresolve.targets.model import Components, MixtureModel, Posterior
 
@@ -230,8 +231,16 @@ class GaussianMixture:
             )
         )
 
-    def score_model(self, sde: SDE) -> MixtureModel:
-        """The exact score model of this mixture under the Gaussian process `sde`."""
+    @overload
+    def score_model(self, sde: LinearSDE) -> LinearMixtureModel: ...  # type: ignore[overload-overlap]
+    @overload
+    def score_model(self, sde: SDE) -> MixtureModel: ...
+    def score_model(self, sde: SDE) -> MixtureModel | LinearMixtureModel:
+        """The exact score model of this mixture under a Gaussian or linear process `sde`."""
+        if isinstance(sde, LinearSDE):
+            parts = self._parts
+            dense = parts.covariance.dense(parts.means)
+            return LinearMixtureModel(parts.log_weights, parts.means, dense, parts.event, sde)
         return MixtureModel(self._parts, sde)
 
     def posterior(self, sde: SDE, x: Tensor, t: TimeLike) -> Posterior:

@@ -1,0 +1,102 @@
+"""Mixtures under a linear process with matrix coefficients: exact p_t, score and flow.
+
+With phi and S of `LinearSDE.kernel`, component k has mean phi (x) mu_k and covariance
+phi phi^T (x) Sigma_k + S (x) I. In the eigenvectors of Sigma_k, of value l, that is one matrix
+l phi phi^T + S of m rows for each direction.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from scoresolve.errors import ArgumentError, ShapeError, UnknownNameError
+from scoresolve.models import Model
+from scoresolve.sde import LinearSDE
+from scoresolve.sde.base import TimeLike, as_time
+
+__all__ = ["LinearMixtureModel"]
+
+
+class LinearMixtureModel(Model):
+    """The exact score model of a mixture of Gaussians under a `LinearSDE`.
+
+    Args:
+        log_weights: [K].
+        means: [K, D].
+        covariances: [K, D, D].
+        event: shape of an event of the data, of D elements.
+        sde: the process.
+
+    Source:
+        Dockhorn et al. 2022 (2112.07068), appendix B, for one Gaussian.
+    """
+
+    sde: LinearSDE
+
+    def __init__(
+        self,
+        log_weights: Tensor,
+        means: Tensor,
+        covariances: Tensor,
+        event: tuple[int, ...],
+        sde: LinearSDE,
+    ) -> None:
+        self.log_weights, self.sde, self.event = log_weights.double(), sde, event
+        self.values, self.vectors = torch.linalg.eigh(covariances.double())
+        self.centres = (means.double()[:, None] @ self.vectors)[:, 0]
+
+    def predict(self, prediction: str, x: Tensor, t: TimeLike, **cond: object) -> Tensor:
+        """The score or the flow's velocity at `x` [B, m, *event] and `t` [] or [B], shape of `x`.
+
+        Raises:
+            UnknownNameError: another prediction.
+            ShapeError: `x` or `t` has another shape.
+            ArgumentError: there are conditions, or p_t has no density.
+        """
+        if cond:
+            raise ArgumentError(f"a mixture takes no conditions, got {', '.join(cond)}")
+        if prediction == "flow":
+            return self.sde.probability_flow_drift(x, t, self)
+        if prediction != "score":
+            raise UnknownNameError("prediction", prediction, ("score", "flow"))
+        logits, solved = self._components(x, t)
+        weights = logits.softmax(0)[..., None, None]
+        along = -(weights * solved).to(self.vectors)
+        score = torch.einsum("kbmd,ked->bme", along, self.vectors)
+        return score.reshape(x.shape).to(x.dtype)
+
+    def log_prob(self, x: Tensor, t: TimeLike) -> Tensor:
+        """log p_t(u), [B]; arguments and errors as of `predict`."""
+        logits, _ = self._components(x, t)
+        return logits.logsumexp(0).to(x.dtype)
+
+    def _components(self, x: Tensor, t: TimeLike) -> tuple[Tensor, Tensor]:
+        """log pi_k p_k(u), [K, B], and C_k^-1 (u - phi mu_k) in eigenvectors, [K, B, m, D]."""
+        if x.shape[1:] != (self.sde.parts, *self.event):
+            raise ShapeError(
+                f"x of shape {tuple(x.shape)}: states are [B, {self.sde.parts}, "
+                f"{', '.join(map(str, self.event))}]"
+            )
+        time = as_time(t).detach().double().cpu()
+        if time.shape not in ((), x.shape[:1]):
+            raise ShapeError(f"t of shape {tuple(time.shape)} for {len(x)} rows: give [] or [B]")
+        phi, rest = (part.to(x.device) for part in self.sde.kernel(time.reshape(-1)))
+        u = torch.einsum("bmd,kde->kbme", x.double().flatten(2), self.vectors.to(x.device))
+        off = u - phi[None, :, :, None] * self.centres.to(x.device)[:, None, None]
+        values = self.values.to(x.device)[:, None, :, None, None]
+        outer = phi[:, :, None] * phi[:, None]
+        matrices = values * outer[None, :, None] + rest[None, :, None]  # [K, B or 1, D, m, m]
+        factor, info = torch.linalg.cholesky_ex(matrices)
+        if bool((info > 0).any()):
+            raise ArgumentError(f"p_t has no density at t = {t}: take a later time")
+        solved = torch.cholesky_solve(off.transpose(2, 3)[..., None], factor)[..., 0].transpose(
+            2, 3
+        )
+        log_det = 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum((-2, -1))
+        size = off.shape[2] * off.shape[3]
+        quadratic = (off * solved).sum((2, 3))
+        logits = self.log_weights.to(x.device)[:, None] - (quadratic + log_det) / 2
+        return logits - size / 2 * math.log(2 * math.pi), solved
