@@ -3,6 +3,7 @@
     solver-table          every row of the registry of solvers, with what it measures
     face-table            every name of `import scoresolve as ss`, with its first sentence
     command-help NAME...  what `scoresolve NAME... --help` prints
+    picture FILE          what `scoresolve plot NAME --out FILE` draws, under its command
 
 Docstrings are plain text with indented formulas; `as_rst` makes the formulas literal blocks and
 escapes what reStructuredText would take for markup.
@@ -14,6 +15,7 @@ import inspect
 import math
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from click.testing import CliRunner
@@ -25,6 +27,7 @@ import scoresolve
 from scoresolve.certificates import Certificate, certify
 from scoresolve.cli import main
 from scoresolve.metrics import Landing, Method, class_mixture, compare
+from scoresolve.plot import PICTURES, save_picture
 from scoresolve.sde import VP
 from scoresolve.solvers import (
     ALIASES,
@@ -180,6 +183,25 @@ class CommandHelp(SphinxDirective):
         return [nodes.literal_block(text=result.output, language="text")]
 
 
+class Drawn(SphinxDirective):
+    """A picture, drawn when the pages are built, under the command that draws it."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        path = Path("_pictures") / self.arguments[0]
+        file = Path(self.env.srcdir) / path
+        if not file.exists():
+            file.parent.mkdir(exist_ok=True)
+            save_picture(file.stem, file)
+        command = f"$ scoresolve plot {file.stem} --out {file.name}"
+        text = PICTURES[file.stem].text
+        return [
+            nodes.literal_block(text=command, language="console"),
+            nodes.image(uri=f"/{path}", alt=text),
+        ]
+
+
 def first_sentence(value: object) -> str:
     """The first sentence of a docstring, safe in a table cell."""
     text = " ".join((inspect.getdoc(value) or "").split("\n\n")[0].split())
@@ -216,5 +238,6 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("solver-table", SolverTable)
     app.add_directive("face-table", FaceTable)
     app.add_directive("command-help", CommandHelp)
+    app.add_directive("picture", Drawn)
     app.connect("autodoc-process-docstring", as_rst, priority=400)
     return {"parallel_read_safe": True}

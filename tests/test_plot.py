@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
+from matplotlib.animation import writers
 from matplotlib.figure import Figure
+from PIL import Image
 
 import scoresolve as ss
 from scoresolve.cli import main
-from scoresolve.errors import ScoresolveError, UnknownNameError
+from scoresolve.errors import ArgumentError, ScoresolveError, UnknownNameError
 from scoresolve.metrics import Method, compare
 from scoresolve.plot import (
     PICTURES,
+    animate_flow,
+    animate_score,
     picture,
+    plot_brownian,
     plot_flow,
     plot_grids,
     plot_images,
     plot_orders,
     plot_samples,
     plot_strong_errors,
+    save_picture,
 )
+from scoresolve.plot.flows import forward
+
+LINE = ss.GaussianMixture([0.5, 0.5], [[-1.0], [1.0]], [0.04, 0.04])
+SHORT = {
+    "flow": lambda: animate_flow(LINE, samples=50, frames=2),
+    "score": lambda: animate_score(ss.targets.ring(), samples=10, frames=2),
+}
 
 
 def texts(figure: Figure) -> str:
@@ -36,7 +50,48 @@ def test_every_picture_is_drawn_by_its_command(name: str, tmp_path: Path) -> Non
     out = tmp_path / f"{name}.png"
     result = CliRunner().invoke(main, ["plot", name, "--out", str(out)])
     assert result.exit_code == 0, result.output
-    assert 5_000 < out.stat().st_size < 500_000
+    assert 5_000 < out.stat().st_size < 1_000_000
+
+
+MOVING = [name for name, each in PICTURES.items() if each.animate]
+
+
+@pytest.mark.parametrize("name", MOVING)
+def test_a_moving_picture_is_written_as_gif(name: str, tmp_path: Path) -> None:
+    out = tmp_path / f"{name}.gif"
+    short = replace(PICTURES[name], animate=SHORT[name])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PICTURES, name, short)
+        result = CliRunner().invoke(main, ["plot", name, "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    with Image.open(out) as film:
+        assert film.n_frames >= 3
+
+
+def test_what_does_not_move_or_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["plot", "orders", "--out", str(tmp_path / "orders.gif")])
+    assert result.exit_code == 2
+    assert "does not move" in result.output
+    if not writers.is_available("ffmpeg"):
+        with pytest.raises(ArgumentError, match="ffmpeg"):
+            save_picture("flow", tmp_path / "flow.mp4")
+
+
+def test_forward_paths_have_the_marginals_of_the_process() -> None:
+    for sde in (ss.VP(), ss.EDM(), ss.RectifiedFlow()):
+        x0 = torch.full((4000, 1), 0.7, dtype=torch.float64)
+        times, states = forward(sde, x0, 4, seed=1)
+        for t, x in zip(times[1:-1], states[1:-1], strict=True):
+            alpha, sigma = float(sde.alpha(t)), float(sde.sigma(t))
+            assert float(x.mean()) == pytest.approx(0.7 * alpha, abs=4.5 * sigma / 4000**0.5)
+            assert float(x.std()) == pytest.approx(sigma, rel=4.5 / 8000**0.5)
+
+
+def test_brownian_paths_say_how_many_stay_inside() -> None:
+    shares = [text for text in texts(plot_brownian(400, 20)).split(" | ") if "√t" in text]
+    inside = [float(text.split()[-1].rstrip("%")) for text in shares]
+    assert inside[0] == pytest.approx(68.3, abs=4.5 * 100 * (0.683 * 0.317 / 400) ** 0.5)
+    assert inside[1] == pytest.approx(95.4, abs=4.5 * 100 * (0.954 * 0.046 / 400) ** 0.5)
 
 
 def test_the_list_names_every_picture() -> None:

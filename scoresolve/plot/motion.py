@@ -21,6 +21,8 @@ __all__ = ["animate_flow", "animate_score"]
 
 PAUSE = 8
 """Frames for which the noise and the data stand still."""
+FINER = 10
+"""Steps of the solver for each frame of the way back."""
 
 
 def animate_flow(
@@ -50,13 +52,14 @@ def animate_flow(
     """
     process, frames = sde or VP(), whole_number("frames", frames)
     times, states = forward(process, mixture.sample(samples, seed=seed), frames, seed)
-    back_times, back = backward(mixture, process, states[-1], solver, frames, seed + 1)
+    back_times, back = backward(mixture, process, states[-1], solver, FINER * frames, seed + 1)
     shown = [
         (float(t), x[:, 0].numpy(), "data → noise") for t, x in zip(times, states, strict=True)
     ]
     shown += [shown[-1]] * PAUSE
     shown += [
-        (float(t), x[:, 0].numpy(), "noise → data") for t, x in zip(back_times, back, strict=True)
+        (float(t), x[:, 0].numpy(), "noise → data")
+        for t, x in zip(back_times[::FINER], back[::FINER], strict=True)
     ]
     shown += [shown[-1]] * PAUSE
     reach = reach_of(mixture, process)
