@@ -95,7 +95,8 @@ def test_the_discretised_decoder_gives_masses_that_sum_to_one(spread, guess, cou
         model, chain(), levels[:, None], levels=levels, decoder_std=spread, terms=1
     )
     assert abs(float((-bound.reconstruction).exp().sum()) - 1) < 1e-9
-    law, half = Normal(guess, spread), 1 / (count - 1)
+    law = Normal(*torch.tensor([guess, spread], dtype=torch.float64))
+    half = 1 / (count - 1)
     inner = law.cdf(levels[1:-1] + half) - law.cdf(levels[1:-1] - half)
     ends = law.cdf(levels[:1] + half), 1 - law.cdf(levels[-1:] - half)
     masses = torch.cat([ends[0], inner, ends[1]])
