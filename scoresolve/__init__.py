@@ -1,6 +1,6 @@
 """SDE and ODE solvers for score models, each proved against distributions known in closed form."""
 
-from scoresolve import bounds, errors, gradients, guidance, noise, sde, solvers, targets
+from scoresolve import bounds, chains, errors, gradients, guidance, noise, sde, solvers, targets
 from scoresolve.bounds import (
     bits_per_dim,
     continuous_bound,
@@ -95,6 +95,7 @@ __all__ = [
     "bits_per_dim",
     "bounds",
     "certify",
+    "chains",
     "check_model",
     "continuous_bound",
     "dequantised_log_prob",

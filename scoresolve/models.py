@@ -428,7 +428,7 @@ def from_discrete(
     Args:
         net: callable `net(x, timestep, **cond)` returning a tensor of the shape of `x`, or an
             object that holds it as `.sample`; `timestep` is [B], one below the process's time.
-        alphas_cumprod: [N], decreasing in (0, 1).
+        alphas_cumprod: [N], decreasing in (0, 1); the last may be 0.
         prediction: what the network predicts, one of `PREDICTIONS`.
         quantize: round timesteps to the nearest integer and pass int64; otherwise a time
             between two integers is passed as it is.

@@ -29,8 +29,7 @@ from scoresolve.bounds import (
     variational_bound,
 )
 from scoresolve.errors import ArgumentError, GridError, ShapeError, UnknownNameError
-from scoresolve.sde import GaussianSDE
-from scoresolve.sde.discrete import linear_betas
+from scoresolve.sde import GaussianSDE, linear_betas
 from scoresolve.transitions import GaussianChain
 
 VARIANCES = ("posterior", "beta")

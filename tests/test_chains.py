@@ -13,8 +13,9 @@ from torch import Tensor
 
 import scoresolve as ss
 from scoresolve.bounds import binary_bound
-from scoresolve.chains import BinaryChain, forgetting_betas
+from scoresolve.chains import BinaryChain
 from scoresolve.errors import ArgumentError, ShapeError
+from scoresolve.sde import forgetting_betas
 from scoresolve.targets import BinaryLaw, BitMixture, HiddenMarkovBits, heartbeat
 
 F64 = torch.float64

@@ -833,11 +833,11 @@ def test_equal_parameters_make_equal_hashable_processes(kind: str, data: st.Data
         lambda: DiscreteVP([]),
         lambda: DiscreteVP([0.9, 0.9]),
         lambda: DiscreteVP([0.5, 0.6]),
-        lambda: DiscreteVP([0.5, 0.0]),
+        lambda: DiscreteVP([0.5, 0.0, 0.0]),
         lambda: DiscreteVP([1.0, 0.5]),
         lambda: DiscreteVP([math.nan]),
         lambda: DiscreteVP.from_betas([0.0, 0.1]),
-        lambda: DiscreteVP.from_betas([0.1, 1.0]),
+        lambda: DiscreteVP.from_betas([0.1, 1.0, 0.1]),
         lambda: DiscreteVP.from_betas([-0.1]),
     ],
 )

@@ -1,5 +1,6 @@
-"""Diffusion chains in discrete time, of bits."""
+"""Diffusion chains in discrete time: Gaussian, and of bits."""
 
-from scoresolve.chains.binary import BinaryChain, Predictor, forgetting_betas
+from scoresolve.chains.binary import BinaryChain, Predictor
+from scoresolve.chains.gaussian import DiffusionChain
 
-__all__ = ["BinaryChain", "Predictor", "forgetting_betas"]
+__all__ = ["BinaryChain", "DiffusionChain", "Predictor"]

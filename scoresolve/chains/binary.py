@@ -22,19 +22,10 @@ from scoresolve.errors import ArgumentError, ShapeError, whole_number
 from scoresolve.noise import Philox, Purpose
 from scoresolve.targets.binary import BinaryLaw, as_bits
 
-__all__ = ["BinaryChain", "Predictor", "forgetting_betas"]
+__all__ = ["BinaryChain", "Predictor"]
 
 Predictor = Callable[[Tensor, int], Tensor]
 """p(x_0 = 1 | x_t) of every bit, [B, *event], from x_t [B, *event] and t."""
-
-
-def forgetting_betas(steps: int) -> Tensor:
-    """beta_t = 1/(T - t + 1), with which keep_t = 1 - t/T falls evenly, [steps] float64.
-
-    Source:
-        Sohl-Dickstein et al. 2015 (1503.03585), section 2.4.1.
-    """
-    return 1 / torch.arange(whole_number("steps", steps), 0, -1, dtype=torch.float64)
 
 
 class BinaryChain:

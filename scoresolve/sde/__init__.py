@@ -1,12 +1,15 @@
 """Stochastic processes from data (t = 0) to noise (t = T), one file a kind."""
 
 from scoresolve.sde.base import SDE, Score, TimeLike, as_time, expand
-from scoresolve.sde.discrete import (
-    DiscreteVP,
+from scoresolve.sde.betas import (
+    constant_betas,
     cosine_betas,
+    forgetting_betas,
     linear_betas,
+    sampled_betas,
     scaled_linear_betas,
 )
+from scoresolve.sde.discrete import DiscreteVP
 from scoresolve.sde.flow import RectifiedFlow
 from scoresolve.sde.gaussian import GaussianSDE, SchedulePoint
 from scoresolve.sde.langevin import Langevin, UnderdampedLangevin
@@ -36,10 +39,13 @@ __all__ = [
     "VariancePreserving",
     "as_time",
     "check_prior",
+    "constant_betas",
     "cosine_betas",
     "expand",
+    "forgetting_betas",
     "linear_betas",
     "log_prior",
     "prior_scale",
+    "sampled_betas",
     "scaled_linear_betas",
 ]

@@ -1,5 +1,9 @@
-"""Targets with known answers: mixtures of Gaussians and their exact score models; laws of bits."""
+"""Targets with known answers: mixtures of Gaussians and their exact score models; laws of bits.
 
+The identities of Gaussians under linear maps that the mixtures use are in `linear_gaussian`.
+"""
+
+from scoresolve.targets import linear_gaussian
 from scoresolve.targets.binary import BinaryLaw, BitMixture, HiddenMarkovBits, heartbeat
 from scoresolve.targets.library import gaussian, random_mixture, ring
 from scoresolve.targets.low_rank import LowRank
@@ -16,6 +20,7 @@ __all__ = [
     "Posterior",
     "gaussian",
     "heartbeat",
+    "linear_gaussian",
     "random_mixture",
     "ring",
 ]

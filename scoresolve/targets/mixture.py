@@ -1,12 +1,10 @@
 """Mixtures of Gaussians, the targets whose every quantity is known: sum_k pi_k N(mu_k, Sigma_k).
 
 Under x_t = alpha x0 + sigma eps a mixture stays one, sum_k pi_k N(alpha mu_k, alpha^2 Sigma_k +
-sigma^2 I); so is its posterior given a linear measurement y = A x + s n,
+sigma^2 I); so are the law of a linear measurement y = A x + s n and the posterior given it, whose
+components follow the identities of `linear_gaussian` and whose weights are
 
-    pi_k' ~ pi_k N(y; A mu_k, S_k),  mu_k' = mu_k + G_k (y - A mu_k),
-    Sigma_k' = (I - G_k A) Sigma_k (I - G_k A)^T + s^2 G_k G_k^T,
-
-with S_k = A Sigma_k A^T + s^2 I and the Kalman gain G_k = Sigma_k A^T S_k^-1.
+    pi_k' ~ pi_k N(y; A mu_k, A Sigma_k A^T + s^2 I).
 """
 
 from __future__ import annotations
@@ -23,6 +21,7 @@ from scoresolve.noise import Philox, Purpose
 from scoresolve.sde import SDE, GaussianSDE, LinearSDE, TimeLike, as_time
 from scoresolve.targets.covariance import Covariance, Diagonal, Full, Isotropic
 from scoresolve.targets.linear import LinearMixtureModel
+from scoresolve.targets.linear_gaussian import Moments, condition, marginal
 from scoresolve.targets.low_rank import LowRank
 from scoresolve.targets.model import Components, MixtureModel, Posterior
 
@@ -265,39 +264,51 @@ class GaussianMixture:
             Bishop 2006, "Pattern Recognition and Machine Learning", eq. 2.113-2.117, for each
             component, with the covariance in Joseph's form.
         """
-        parts, means = self._parts, self._parts.means
-        a, target = _floating("operator", operator, means), _floating("y", y, means)
-        if a.ndim != 2 or a.shape[1] != means.shape[1] or target.shape != a.shape[:1]:
+        prior, a, noise = self._measurement(operator, noise_std)
+        target = _floating("y", y, a)
+        if target.shape != a.shape[:1]:
             raise ShapeError(
-                f"operator of shape {tuple(a.shape)} and y of shape {tuple(target.shape)} "
-                f"for D = {means.shape[1]}: give [M, D] and [M]"
+                f"y of shape {tuple(target.shape)} for an operator of shape {tuple(a.shape)}: "
+                "give [M] and [M, D]"
             )
-        variance = _nonnegative("noise_std", noise_std) ** 2
-        prior = parts.covariance.dense(means)
-        cross = a @ prior
-        measured = cross @ a.mT + variance * torch.eye(len(a)).to(a)
-        factor, info = torch.linalg.cholesky_ex(measured)
-        pivots = factor.diagonal(dim1=1, dim2=2).square() / measured.diagonal(dim1=1, dim2=2)
-        if bool((info > 0).any()) or float(pivots.min()) <= len(a) * torch.finfo(a.dtype).eps:
-            raise ArgumentError(
-                f"noise_std = {noise_std} leaves a direction of y without variance: "
-                "give a larger noise_std or independent rows of operator"
-            )
-        gain = torch.cholesky_solve(cross, factor).mT
-        residual = target - means @ a.mT
-        white = torch.linalg.solve_triangular(factor, residual[..., None], upper=False)
-        log_det = factor.diagonal(dim1=1, dim2=2).log().sum(1)
-        kept = torch.eye(means.shape[1]).to(a) - gain @ a
-        covariance = kept @ prior @ kept.mT + variance * gain @ gain.mT
-        logits = parts.log_weights - white.square().sum((1, 2)) / 2 - log_det
+        found = condition(prior, a, noise, target)
+        weights = self._parts.log_weights + found.log_evidence
         return GaussianMixture._of(
             Components(
-                logits.log_softmax(0),
-                means + (gain @ residual[..., None])[..., 0],
-                Full.from_matrices(covariance),
-                parts.event,
+                weights.log_softmax(0),
+                found.mean,
+                Full.from_matrices(found.covariance),
+                self._parts.event,
             )
         )
+
+    def measured(self, operator: Tensor, noise_std: float) -> GaussianMixture:
+        """The exact law of the measurement y = A x + noise_std n, n ~ N(0, I), on [M].
+
+        Its `log_prob` is the evidence that `condition` weighs components by. Arguments and errors
+        as for `condition`; without noise it may have no density.
+        """
+        law = marginal(*self._measurement(operator, noise_std))
+        return GaussianMixture._of(
+            Components(
+                self._parts.log_weights,
+                law.mean,
+                Full.from_matrices(law.covariance),
+                law.mean.shape[1:],
+            )
+        )
+
+    def _measurement(self, operator: Tensor, noise_std: float) -> tuple[Moments, Tensor, Tensor]:
+        """Moments of the components [K, D], A [M, D] and the covariance of the noise [M, M]."""
+        means = self._parts.means
+        a = _floating("operator", operator, means)
+        if a.ndim != 2 or a.shape[1] != means.shape[1]:
+            raise ShapeError(
+                f"operator of shape {tuple(a.shape)} for D = {means.shape[1]}: give [M, D]"
+            )
+        variance = _nonnegative("noise_std", noise_std) ** 2
+        noise = variance * torch.eye(len(a)).to(a)
+        return Moments(means, self._parts.covariance.dense(means)), a, noise
 
     def _require_density(self) -> None:
         if self._parts.singular:
