@@ -1,6 +1,18 @@
 """SDE and ODE solvers for score models, each proved against distributions known in closed form."""
 
-from scoresolve import bounds, chains, errors, gradients, guidance, noise, sde, solvers, targets
+from scoresolve import (
+    bounds,
+    chains,
+    errors,
+    gradients,
+    guidance,
+    noise,
+    objectives,
+    sde,
+    solvers,
+    targets,
+    training,
+)
 from scoresolve.bounds import (
     bits_per_dim,
     continuous_bound,
@@ -121,6 +133,7 @@ __all__ = [
     "measure_scale",
     "noise",
     "noised",
+    "objectives",
     "plan",
     "sample",
     "sample_with_log_prob",
@@ -128,5 +141,6 @@ __all__ = [
     "slerp",
     "solvers",
     "targets",
+    "training",
     "variational_bound",
 ]

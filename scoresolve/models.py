@@ -39,6 +39,7 @@ __all__ = [
     "Model",
     "NetworkModel",
     "as_model",
+    "check_energy",
     "check_output",
     "combine",
     "conversion",
@@ -148,6 +149,16 @@ def check_output(m: object, x: Tensor) -> None:
             f"the model returned shape {tuple(m.shape)} for x of shape {tuple(x.shape)}: "
             "return one value per element of x"
         )
+
+
+def check_energy(energy: Tensor, x: Tensor) -> Tensor:
+    """`energy` itself; raises `ShapeError` unless it is [B] for `x` [B, *event]."""
+    if energy.shape != x.shape[:1]:
+        raise ShapeError(
+            f"the energy returned shape {tuple(energy.shape)} for x of shape {tuple(x.shape)}: "
+            "return one energy per sample, [B]"
+        )
+    return energy
 
 
 def scale_of_data(std: float, dimension: int) -> float:
@@ -282,12 +293,7 @@ class EnergyModel(NetworkModel):
         keep_graph = torch.is_grad_enabled()
         with torch.enable_grad():
             leaf = x if x.requires_grad else x.detach().requires_grad_()
-            energy = self.energy(leaf, t, **cond)
-            if energy.shape != x.shape[:1]:
-                raise ShapeError(
-                    f"the energy returned shape {tuple(energy.shape)} for x of shape "
-                    f"{tuple(x.shape)}: return one energy per sample, [B]"
-                )
+            energy = check_energy(self.energy(leaf, t, **cond), x)
             (gradient,) = torch.autograd.grad(energy.sum(), leaf, create_graph=keep_graph)
         return -gradient
 

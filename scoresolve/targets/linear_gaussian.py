@@ -166,12 +166,13 @@ def tweedie(y: Tensor, score: Tensor, jacobian: Tensor, noise: Tensor) -> Moment
 
 
 def _apply(matrix: Tensor, vector: Tensor) -> Tensor:
-    product: Tensor = matrix @ vector[..., None]
-    return product[..., 0]
+    product: Tensor = (matrix @ vector[..., None])[..., 0]
+    return product
 
 
 def _factor(covariance: Tensor) -> Tensor:
     """The Cholesky factor of matrices [*K, M, M] that are positive definite beyond rounding."""
+    factor: Tensor
     factor, info = torch.linalg.cholesky_ex(covariance)
     pivots = factor.diagonal(dim1=-2, dim2=-1).square() / covariance.diagonal(dim1=-2, dim2=-1)
     least = covariance.shape[-1] * torch.finfo(covariance.dtype).eps
