@@ -385,6 +385,15 @@ def test_adjusted_chains_leave_the_density_and_unadjusted_ones_do_not() -> None:
         assert (moved != x).double().mean() > 0.8
 
 
+def test_chains_that_are_often_refused_leave_the_density_too() -> None:
+    """Half of all moves of N(0, 1) with delta = 2 stay where they were, with their old force."""
+    x = normal(generator(8), 40_000, 1)
+    moved = langevin_negatives(lambda y: y.square().sum(1) / 2, x, moves=8, delta=2.0, seed=5)
+    for power, moment, variance in ((2, 1.0, 2.0), (4, 3.0, 96.0)):
+        gap = float(moved.pow(power).mean()) - moment
+        assert abs(gap) < 4.5 * math.sqrt(variance / len(x))
+
+
 def test_the_contrastive_gradient_of_a_gaussian_energy_is_the_closed_form() -> None:
     """theta x^2/2, one move: (E x^2 - (1 - delta theta)^2 E x^2 - 2 delta)/2."""
     n, v, theta, delta = 40_000, 0.6, 1.4, 0.2

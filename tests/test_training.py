@@ -83,6 +83,20 @@ def test_the_callers_generator_is_left_alone_and_has_no_say() -> None:
     assert same(first.network, second.network) and not same(first.network, other.network)
 
 
+def test_every_step_draws_numbers_of_its_own_from_seed_and_step() -> None:
+    drawn: dict[int, list[float]] = {}
+
+    def noting(net: nn.Module, step: int) -> Tensor:
+        drawn[step] = [*drawn.get(step, []), float(torch.rand(()))]
+        return loss(net, step)
+
+    Training(network(), noting, 4, seed=1).run()
+    Training(network(), noting, 4, seed=1).run()
+    assert list(drawn) == [0, 1, 2, 3]
+    assert all(first == second for first, second in drawn.values())
+    assert len({first for first, _ in drawn.values()}) == 4
+
+
 class Slope(nn.Module):
     def __init__(self) -> None:
         super().__init__()
