@@ -6,12 +6,20 @@ from scoresolve import (
     errors,
     gradients,
     guidance,
+    kernels,
     noise,
     objectives,
     sde,
     solvers,
     targets,
     training,
+)
+from scoresolve.annealing import (
+    Annealed,
+    ImportanceEstimate,
+    annealed_importance,
+    annealed_langevin,
+    simulated_annealing,
 )
 from scoresolve.bounds import (
     bits_per_dim,
@@ -22,6 +30,7 @@ from scoresolve.bounds import (
     variational_bound,
 )
 from scoresolve.certificates import Certificate, certify
+from scoresolve.diagnostics import Diagnostics, diagnose
 from scoresolve.driving import Samples
 from scoresolve.errors import ScoresolveError, SolveError, Status
 from scoresolve.fitting import GridFit, fit_grid
@@ -46,6 +55,7 @@ from scoresolve.models import (
     from_v,
     from_x0,
 )
+from scoresolve.monte_carlo import Chains, run_chains
 from scoresolve.noise import BrownianPath, Philox
 from scoresolve.plans import Law, Plan
 from scoresolve.sampling import encode, plan, sample
@@ -77,10 +87,13 @@ __all__ = [
     "SDE",
     "VE",
     "VP",
+    "Annealed",
     "BrownianPath",
     "Certificate",
+    "Chains",
     "CosineVP",
     "CriticallyDampedLangevin",
+    "Diagnostics",
     "DiscreteVP",
     "ErrorBudget",
     "GaussianChain",
@@ -88,6 +101,7 @@ __all__ = [
     "GaussianSDE",
     "Grid",
     "GridFit",
+    "ImportanceEstimate",
     "Langevin",
     "Law",
     "Likelihood",
@@ -103,6 +117,8 @@ __all__ = [
     "Status",
     "SubVP",
     "UnderdampedLangevin",
+    "annealed_importance",
+    "annealed_langevin",
     "as_model",
     "bits_per_dim",
     "bounds",
@@ -111,6 +127,7 @@ __all__ = [
     "check_model",
     "continuous_bound",
     "dequantised_log_prob",
+    "diagnose",
     "differentiable_log_likelihood",
     "differentiable_sample",
     "encode",
@@ -128,6 +145,7 @@ __all__ = [
     "guidance",
     "ito_bound",
     "ito_log_density",
+    "kernels",
     "log_likelihood",
     "make_grid",
     "measure_scale",
@@ -135,9 +153,11 @@ __all__ = [
     "noised",
     "objectives",
     "plan",
+    "run_chains",
     "sample",
     "sample_with_log_prob",
     "sde",
+    "simulated_annealing",
     "slerp",
     "solvers",
     "targets",

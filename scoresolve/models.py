@@ -290,12 +290,16 @@ class EnergyModel(NetworkModel):
         self.energy = energy
 
     def native(self, x: Tensor, t: TimeLike, **cond: Any) -> Tensor:
+        return self.log_prob_and_score(x, t, **cond)[1]
+
+    def log_prob_and_score(self, x: Tensor, t: TimeLike, **cond: Any) -> tuple[Tensor, Tensor]:
+        """-energy [B] and its gradient, shape of `x` [B, *event], by one call of the energy."""
         keep_graph = torch.is_grad_enabled()
         with torch.enable_grad():
             leaf = x if x.requires_grad else x.detach().requires_grad_()
             energy = check_energy(self.energy(leaf, t, **cond), x)
             (gradient,) = torch.autograd.grad(energy.sum(), leaf, create_graph=keep_graph)
-        return -gradient
+        return -(energy if keep_graph else energy.detach()), -gradient
 
 
 class _TimestepModel(NetworkModel):

@@ -59,6 +59,8 @@ class Purpose(IntEnum):
     DEQUANTISE = 4
     TARGET = 5
     BROWNIAN = 6
+    CHAIN = 7
+    ACCEPT = 8
 
 
 class NoiseSource(ABC):

@@ -206,6 +206,12 @@ class GaussianMixture:
         self._require_density()
         return self._parts.at(x, 1.0, 0.0).mean(0.0, 0.0, -1.0)
 
+    def log_prob_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`log_prob` and `score` at `x` for about the price of the score."""
+        self._require_density()
+        point = self._parts.at(x, 1.0, 0.0)
+        return point.log_prob(), point.mean(0.0, 0.0, -1.0)
+
     def marginal(self, sde: GaussianSDE, t: TimeLike) -> GaussianMixture:
         """The exact law of x_t, of the same kind of covariance.
 

@@ -207,6 +207,14 @@ class MixtureModel(Model):
         _, alpha, sigma = self._levels(x, t)
         return self.components.at(x, alpha, sigma).log_prob()
 
+    def log_prob_and_score(self, x: Tensor, t: TimeLike, **cond: object) -> tuple[Tensor, Tensor]:
+        """log p_t(x) [B] and its gradient, for about the price of it; arguments as `predict`."""
+        if cond:
+            raise ArgumentError(f"a mixture takes no conditions, got {', '.join(cond)}")
+        _, alpha, sigma = self._levels(x, t)
+        point = self.components.at(x, alpha, sigma)
+        return point.log_prob(), point.mean(0.0, 0.0, -1.0)
+
     def divergence(self, x: Tensor, t: TimeLike) -> Tensor:
         """The divergence sum_i d score_i / d x_i, [B], in closed form; arguments as `predict`."""
         _, alpha, sigma = self._levels(x, t)

@@ -1,0 +1,495 @@
+"""Chains through a sequence of densities: down noise levels, up inverse temperatures.
+
+annealed Langevin     p_t of a process at falling noise levels, with steps in units of sigma_t;
+simulated annealing   pi_beta proportional to q(x) exp(beta f(x)) at rising beta;
+annealed importance   q^(1 - beta) p^beta from beta = 0 to 1, with the weights
+
+    log w = sum_n (beta_n - beta_{n-1}) (log p - log q)(x_{n-1}),    E w = Z_p / Z_q.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from scoresolve.driving import failure, split_cond, warn_of_dropout
+from scoresolve.errors import (
+    ArgumentError,
+    GridError,
+    ShapeError,
+    Status,
+    real_number,
+    row_status,
+    whole_number,
+)
+from scoresolve.kernels import (
+    HMC,
+    ULA,
+    ChainNoise,
+    ChainState,
+    Geometric,
+    Kernel,
+    Target,
+    Tilted,
+    as_target,
+)
+from scoresolve.kernels.base import checked_step
+from scoresolve.kernels.target import column
+from scoresolve.models import Model
+from scoresolve.noise import NoiseSource, as_noise
+from scoresolve.plans import check_state
+from scoresolve.sde import GaussianSDE
+from scoresolve.targets import GaussianMixture
+
+__all__ = [
+    "Annealed",
+    "ImportanceEstimate",
+    "annealed_importance",
+    "annealed_langevin",
+    "simulated_annealing",
+]
+
+Density = Target | GaussianMixture | Model | Callable[..., Tensor]
+Noise = NoiseSource | torch.Generator | Callable[..., Tensor] | None
+
+
+@dataclass(frozen=True)
+class Annealed:
+    """What `annealed_langevin` and `simulated_annealing` return.
+
+    Attributes:
+        x: final states, [B, *event].
+        value: f of them, [B], of simulated annealing.
+        acceptance: mean acceptance probability at every level, [N, B]; None if not adjusted.
+        status: one `Status` per chain, [B] int64.
+        nfe: evaluations of the score of one chain, counted where the model is called.
+        calls: calls of the model, for all chunks together.
+    """
+
+    x: Tensor
+    value: Tensor | None
+    acceptance: Tensor | None
+    status: Tensor
+    nfe: int
+    calls: int
+
+    @property
+    def ok(self) -> Tensor:
+        """Which chains are good, [B] bool."""
+        return self.status == int(Status.OK)
+
+
+@dataclass(frozen=True)
+class ImportanceEstimate:
+    """What `annealed_importance` returns.
+
+    Attributes:
+        log_z: log of the mean weight of the good chains, which estimates log(Z_p / Z_q). The
+            mean weight is unbiased; its logarithm is low by about half of `standard_error`^2.
+        standard_error: of `log_z`, to first order, from the spread of the weights.
+        effective_size: (sum w)^2 / sum w^2, of at most B chains. Below some tens of it the
+            error is not to be trusted either.
+        log_weights: [B] float64.
+        x: final states, [B, *event]; with their weights they stand for p.
+        acceptance, status, nfe, calls: as in `Annealed`.
+    """
+
+    log_z: float
+    standard_error: float
+    effective_size: float
+    log_weights: Tensor
+    x: Tensor
+    acceptance: Tensor | None
+    status: Tensor
+    nfe: int
+    calls: int
+
+
+def annealed_langevin(
+    score: Model | Callable[..., Tensor],
+    sde: GaussianSDE,
+    times: Sequence[float] | Tensor,
+    *,
+    x: Tensor,
+    kernel: Kernel | None = None,
+    steps: int = 100,
+    nodes: int = 3,
+    seed: int = 0,
+    noise: Noise = None,
+    chunk: int | None = None,
+    progress: bool = False,
+    raise_on_failure: bool = False,
+    **cond: Any,
+) -> Annealed:
+    """Langevin dynamics on p_t at falling noise levels, each from where the last one ended.
+
+    Args:
+        score: the score model of `sde`, which is asked at the `times` alone.
+        sde: a Gaussian process.
+        times: the levels, falling in (0, T]; of a `VE` a geometric sequence of sigma.
+        x: starts, [B, *event], such as `sde.prior(shape)`.
+        kernel: its step size is in units of sigma_t to the power that it scales with. If omitted
+            `ULA(0.1)`, which is the epsilon = 2e-5 at sigma = 0.01 of the paper.
+        steps: steps at every level, >= 1.
+        nodes: of the integral along the proposal, for an adjusted kernel.
+        seed, noise, chunk, progress, raise_on_failure, **cond: as in `run_chains`.
+
+    Returns:
+        `Annealed`.
+
+    Raises:
+        GridError: the times do not fall within (0, T].
+        ArgumentError, ShapeError: another argument cannot be used.
+        SolveError: a chain failed and `raise_on_failure` is set.
+
+    Source:
+        Song and Ermon 2019 (1907.05600), algorithm 1; its step alpha_i is 2 h.
+    """
+    chosen = kernel if kernel is not None else ULA(0.1)
+    levels = torch.as_tensor(times, dtype=torch.float64).flatten().tolist()
+    inside = bool(levels) and levels[-1] > 0 and levels[0] <= sde.T
+    if not inside or any(not a > b for a, b in itertools.pairwise(levels)):
+        raise GridError(f"times = {levels}: give times that fall within (0, {sde.T:g}]")
+    units = [float(sde.sigma(t)) ** chosen.power for t in levels]
+
+    def make(cond: dict[str, Any]) -> _Levels:
+        return _NoiseLevels(chosen, [as_target(score, t, nodes, **cond) for t in levels])
+
+    warn_of_dropout(score)
+    source = as_noise(noise, seed)
+    return _anneal(chosen, make, units, steps, x, source, chunk, progress, raise_on_failure, cond)[
+        0
+    ]
+
+
+def simulated_annealing(
+    f: Density,
+    betas: Sequence[float] | Tensor,
+    *,
+    x: Tensor,
+    base: Density | None = None,
+    kernel: Kernel | None = None,
+    steps: int = 1,
+    step_sizes: Sequence[float] | Tensor | None = None,
+    seed: int = 0,
+    noise: Noise = None,
+    chunk: int | None = None,
+    progress: bool = False,
+    raise_on_failure: bool = False,
+) -> Annealed:
+    """Chains on pi_beta proportional to q(x) exp(beta f(x)), each beta from where the last ended.
+
+    Args:
+        f: what is tilted towards, in the place of a log-density: `from_energy(lambda x, t: -f(x))`,
+            a mixture, or a model with `log_prob_and_score`.
+        betas: inverse temperatures, [N], finite.
+        x: starts, [B, *event], float32 or float64.
+        base: q, likewise; a constant if omitted.
+        kernel: `HMC()` if omitted.
+        steps: steps at every beta, >= 1.
+        step_sizes: factors on the kernel's step size, one for each beta, [N].
+        seed, noise, chunk, progress, raise_on_failure: as in `run_chains`.
+
+    Returns:
+        `Annealed`.
+
+    Raises:
+        ArgumentError, ShapeError: an argument cannot be used, or f or q has a score alone.
+        SolveError: a chain failed and `raise_on_failure` is set.
+
+    Source:
+        Kirkpatrick, Gelatt, Vecchi 1983, "Optimization by simulated annealing", Science 220.
+    """
+    family = Tilted(None if base is None else as_target(base), as_target(f))
+    chosen = kernel if kernel is not None else HMC()
+    levels, units = _tilted_units(betas, step_sizes)
+    return _anneal(
+        chosen,
+        lambda _: _Temperatures(chosen, family, levels),
+        units,
+        steps,
+        x,
+        as_noise(noise, seed),
+        chunk,
+        progress,
+        raise_on_failure,
+        {},
+    )[0]
+
+
+def annealed_importance(
+    target: Density,
+    base: Density,
+    betas: Sequence[float] | Tensor,
+    *,
+    x: Tensor,
+    kernel: Kernel | None = None,
+    steps: int = 1,
+    step_sizes: Sequence[float] | Tensor | None = None,
+    seed: int = 0,
+    noise: Noise = None,
+    chunk: int | None = None,
+    progress: bool = False,
+    raise_on_failure: bool = False,
+) -> ImportanceEstimate:
+    """Annealed importance sampling: log(Z_p / Z_q) from chains along q^(1 - beta) p^beta.
+
+        log w = sum_n (beta_n - beta_{n-1}) (log p - log q)(x_{n-1}),
+
+    where x_0 ~ q, and x_n is made of x_{n-1} by a kernel that leaves pi_{beta_n} invariant. The
+    step sizes are fixed beforehand: weights of a kernel that learns on the way are biased.
+
+    Args:
+        target: p up to a constant: an energy, a mixture, or a model with `log_prob_and_score`.
+        base: q, likewise; a normalised one, such as a `GaussianMixture`, has Z_q = 1.
+        betas: rising from 0 to 1, [N + 1].
+        x: exact samples of q, [B, *event], float32 or float64; at least 2.
+        kernel: an adjusted kernel; `HMC()` if omitted.
+        steps: steps at every beta, >= 1.
+        step_sizes: factors on the kernel's step size, one for each beta but the first, [N].
+        seed, noise, chunk, progress, raise_on_failure: as in `run_chains`. The noise of chains is
+            not that of `GaussianMixture.sample`, so both may have one seed.
+
+    Returns:
+        `ImportanceEstimate`.
+
+    Raises:
+        ArgumentError, ShapeError: an argument cannot be used, or p or q has a score alone.
+        SolveError: a chain failed and `raise_on_failure` is set.
+
+    Source:
+        Neal 2001, "Annealed importance sampling", Statistics and Computing 11 (physics/9803008).
+    """
+    chosen = kernel if kernel is not None else HMC()
+    if not chosen.adjusted:
+        raise ArgumentError(
+            f"{chosen.name!r} does not leave the densities invariant, which would bias log Z: "
+            "give an adjusted kernel, such as MALA or HMC"
+        )
+    family = Geometric(as_target(base), as_target(target))
+    rising = torch.as_tensor(betas, dtype=torch.float64).flatten().tolist()
+    increasing = all(a < b for a, b in itertools.pairwise(rising))
+    if not (len(rising) > 1 and rising[0] == 0 and rising[-1] == 1 and increasing):
+        raise ArgumentError(f"betas = {rising}: give two or more that rise from 0 to 1")
+    check_state(x)
+    if len(x) < 2:
+        raise ArgumentError(f"{len(x)} chains have no standard error: give two or more")
+    levels, units = _tilted_units(rising[1:], step_sizes)
+    out, log_weights = _anneal(
+        chosen,
+        lambda _: _Temperatures(chosen, family, levels),
+        units,
+        steps,
+        x,
+        as_noise(noise, seed),
+        chunk,
+        progress,
+        raise_on_failure,
+        {},
+    )
+    assert log_weights is not None
+    good = log_weights[out.ok]
+    n = len(good)
+    log_z = float(good.logsumexp(0)) - math.log(n) if n else math.nan
+    relative = (good - log_z).exp()
+    return ImportanceEstimate(
+        log_z=log_z,
+        standard_error=float(relative.std() / math.sqrt(n)) if n > 1 else math.nan,
+        effective_size=float(relative.sum() ** 2 / relative.square().sum()),
+        log_weights=log_weights,
+        x=out.x,
+        acceptance=out.acceptance,
+        status=out.status,
+        nfe=out.nfe,
+        calls=out.calls,
+    )
+
+
+class _Levels(ABC):
+    """The sequence of densities that one chunk of chains goes through."""
+
+    @abstractmethod
+    def enter(
+        self, level: int, state: ChainState | None, x: Tensor, noise: ChainNoise
+    ) -> tuple[Target, ChainState]:
+        """The target of a level, and the state there; None stands for the start at `x`."""
+
+    @property
+    @abstractmethod
+    def calls(self) -> int:
+        """Evaluations so far."""
+
+    log_weights: Tensor | None = None
+
+
+class _NoiseLevels(_Levels):
+    def __init__(self, kernel: Kernel, targets: list[Target]) -> None:
+        self.kernel, self.targets = kernel, targets
+
+    def enter(
+        self, level: int, state: ChainState | None, x: Tensor, noise: ChainNoise
+    ) -> tuple[Target, ChainState]:
+        target = self.targets[level]
+        return target, self.kernel.start(x if state is None else state.point.x, target, noise)
+
+    @property
+    def calls(self) -> int:
+        return sum(target.calls for target in self.targets)
+
+
+class _Temperatures(_Levels):
+    def __init__(self, kernel: Kernel, family: Tilted, betas: list[float]) -> None:
+        self.kernel, self.family, self.betas = kernel, family, betas
+        self._before = family.calls
+
+    def enter(
+        self, level: int, state: ChainState | None, x: Tensor, noise: ChainNoise
+    ) -> tuple[Target, ChainState]:
+        before = self.betas[level - 1] if level else 0.0
+        beta, member = self.betas[level], self.family.at(self.betas[level])
+        if state is None:
+            state = self.kernel.start(x, self.family.at(0.0), noise)
+        f = state.point.tilt
+        assert f is not None
+        gain = (beta - before) * f.double()
+        self.log_weights = gain if self.log_weights is None else self.log_weights + gain
+        return member, state._replace(point=member.moved(state.point, before))
+
+    @property
+    def calls(self) -> int:
+        return self.family.calls - self._before
+
+
+class _Part(NamedTuple):
+    """What became of one chunk."""
+
+    x: Tensor
+    value: Tensor | None
+    log_weights: Tensor | None
+    acceptance: Tensor | None
+    status: Tensor
+    calls: int
+
+
+def _tilted_units(
+    betas: Sequence[float] | Tensor, step_sizes: Sequence[float] | Tensor | None
+) -> tuple[list[float], list[float]]:
+    """The betas and the factors on the step size, checked."""
+    given = torch.as_tensor(betas, dtype=torch.float64).flatten().tolist()
+    levels = [real_number("beta", beta) for beta in given]
+    if not levels:
+        raise ArgumentError("betas are empty: give one or more")
+    if step_sizes is None:
+        return levels, [1.0] * len(levels)
+    factors = torch.as_tensor(step_sizes, dtype=torch.float64)
+    if factors.shape != (len(levels),):
+        raise ShapeError(
+            f"step_sizes of shape {tuple(factors.shape)}: give {len(levels)}, one for each beta"
+        )
+    checked_step(factors)
+    return levels, factors.tolist()
+
+
+@torch.no_grad()
+def _solve(
+    kernel: Kernel,
+    levels: _Levels,
+    units: list[float],
+    steps: int,
+    x: Tensor,
+    h: Tensor,
+    source: NoiseSource,
+    bar: tqdm[object],
+) -> _Part:
+    """One chunk through all levels, with steps `h` times the unit of the level."""
+    noise, h = ChainNoise(source), column(h, x)
+    acceptance = x.new_zeros(len(units), len(x))
+    state: ChainState | None = None
+    interrupted = False
+    try:
+        for level, unit in enumerate(units):
+            target, state = levels.enter(level, state, x, noise)
+            for _ in range(steps):
+                state = kernel.step(state, target, noise, unit * h)
+                if state.acceptance is not None:
+                    acceptance[level] += state.acceptance / steps
+                bar.update()
+    except KeyboardInterrupt:
+        if state is None:
+            raise
+        interrupted = True
+    assert state is not None
+    point = state.point
+    status = row_status(point.x)
+    if kernel.adjusted:  # a chain that cannot be accepted anywhere has not moved
+        status = status | row_status(point.score)
+        status = status if point.log_prob is None else status | row_status(point.log_prob)
+    return _Part(
+        x=point.x.clone(),
+        value=point.tilt,
+        log_weights=levels.log_weights,
+        acceptance=acceptance if kernel.adjusted else None,
+        status=torch.full_like(status, int(Status.INTERRUPTED)) if interrupted else status,
+        calls=levels.calls,
+    )
+
+
+def _anneal(
+    kernel: Kernel,
+    make: Callable[[dict[str, Any]], _Levels],
+    units: list[float],
+    steps: int,
+    x: Tensor,
+    source: NoiseSource,
+    chunk: int | None,
+    progress: bool,
+    raise_on_failure: bool,
+    cond: dict[str, Any],
+) -> tuple[Annealed, Tensor | None]:
+    """All chunks, and their log-weights; `make` gives a chunk its levels."""
+    check_state(x)
+    if x.dtype not in (torch.float32, torch.float64):
+        raise ArgumentError(f"x is {x.dtype}: chains need float32 or float64")
+    if kernel.copies > 1:
+        raise ArgumentError(f"{kernel.name!r} has temperatures of its own: give its kernel")
+    batch, steps = len(x), whole_number("steps", steps)
+    size = max(1, batch if chunk is None else min(whole_number("chunk", chunk), batch))
+    starts, parts = range(0, max(batch, 1), size), list[_Part]()
+    total = len(starts) * len(units) * steps
+    with tqdm(total=total, disable=None if progress else True, unit="step") as bar:
+        for begin in starts:
+            rows = slice(begin, begin + size)
+            levels = make(split_cond(cond, rows, batch))
+            h = kernel.step_sizes(batch, rows, x[rows])
+            parts.append(_solve(kernel, levels, units, steps, x[rows], h, source.rows(rows), bar))
+            if bool((parts[-1].status == int(Status.INTERRUPTED)).any()):
+                break
+
+    def join(pieces: list[Any], dim: int = 0) -> Any:
+        if pieces[0] is None:
+            return None
+        whole = torch.cat(pieces, dim)
+        shape = list(whole.shape)
+        shape[dim] = batch - shape[dim]
+        fill = torch.nan if whole.is_floating_point() else int(Status.INTERRUPTED)
+        return torch.cat([whole, whole.new_full(shape, fill)], dim) if shape[dim] else whole
+
+    result = Annealed(
+        x=join([part.x for part in parts]),
+        value=join([part.value for part in parts]),
+        acceptance=join([part.acceptance for part in parts], 1),
+        status=join([part.status for part in parts]),
+        nfe=max(part.calls for part in parts),
+        calls=sum(part.calls for part in parts),
+    )
+    if raise_on_failure and not bool(result.ok.all()):
+        raise failure(result, result.status)
+    return result, join([part.log_weights for part in parts])

@@ -1,0 +1,162 @@
+"""What every kernel shares: targets, the state of a batch of chains, and the Metropolis rule.
+
+A kernel moves x [B, *event], one chain a row, so that the density pi is (nearly) left invariant.
+All that it asks of pi is the score and, to accept or reject, the change of log pi between two
+points: exact where log pi is known up to a constant, and otherwise the integral of the score,
+
+    log pi(y) - log pi(x) = int_0^1 <score(x + u (y - x)), y - x> du    (`scoresolve.kernels.line`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from scoresolve.errors import ArgumentError, ShapeError, real_number
+from scoresolve.kernels.line import line_integral
+from scoresolve.kernels.target import Point, Target
+from scoresolve.noise import NoiseSource, Purpose
+
+__all__ = ["ChainNoise", "ChainState", "Kernel", "StepSize", "checked_step", "metropolis"]
+
+StepSize = float | Tensor
+_BLOCK = 64  # uniform numbers of a chain made at a time
+
+
+class ChainNoise:
+    """The random numbers of every chain, in the order in which its kernel asks for them.
+
+    Args:
+        source: where they come from; row b of a batch gets the numbers of its sample b.
+        first: number of the first block of draws, for streams that follow one another.
+        copies: states of a chain, each with numbers of its own; rows are [B * copies].
+    """
+
+    def __init__(self, source: NoiseSource, first: int = 0, copies: int = 1) -> None:
+        self.source, self.copies = source, copies
+        self.normals, self.block, self.used = 4 * first, first, _BLOCK
+        self.uniforms = torch.empty(0)
+
+    def normal(self, like: Tensor) -> Tensor:
+        """The next standard normal numbers, fresh, shape of `like` [B * copies, *event]."""
+        shape = (len(like) // self.copies, self.copies, *like.shape[1:])
+        z = self.source.normal(like.reshape(shape), self.normals, Purpose.CHAIN)
+        self.normals += 1
+        return z.reshape(like.shape)
+
+    def uniform(self, like: Tensor) -> Tensor:
+        """The next uniform numbers in (0, 1), shape of `like` [B * copies]."""
+        if self.used == _BLOCK:
+            shape = (len(like) // self.copies, _BLOCK, self.copies)
+            self.uniforms = self.source.uniform(like.new_empty(shape), self.block, Purpose.ACCEPT)
+            self.block, self.used = self.block + 1, 0
+        self.used += 1
+        return self.uniforms[:, self.used - 1].reshape(like.shape)
+
+
+class ChainState(NamedTuple):
+    """Where the chains are.
+
+    Attributes:
+        point: the states and what the target says of them.
+        momentum: [B, *event], of an underdamped kernel.
+        acceptance: probability with which the last proposal was accepted, [B].
+        error: estimated error of the last change of log pi, [B], where it was integrated.
+        rounds, swaps: rounds of exchanges, and the sum of their probabilities, [B, R - 1].
+    """
+
+    point: Point
+    momentum: Tensor | None = None
+    acceptance: Tensor | None = None
+    error: Tensor | None = None
+    rounds: int = 0
+    swaps: Tensor | None = None
+
+
+class Kernel(ABC):
+    """One step of a Markov chain, for a batch of chains.
+
+    Attributes:
+        name, source: what it is called and where it is published.
+        step_size: > 0, a number or one for each chain, [B].
+        power: the step size scales as a length to this power, 2 for a variance.
+        evaluations: evaluations of the score in a step.
+        target_acceptance: acceptance to which the step size is adapted; None if not adjusted.
+        copies: states that a chain holds.
+    """
+
+    name: str
+    source: str
+    step_size: StepSize
+    power: int = 1
+    evaluations: int = 1
+    target_acceptance: float | None = None
+    copies: int = 1
+
+    @property
+    def adjusted(self) -> bool:
+        """Whether pi is left invariant exactly, by accepting and rejecting."""
+        return self.target_acceptance is not None
+
+    def bind(self, target: Target, batch: int) -> Target:
+        """The target that the steps of `batch` chains get."""
+        return target
+
+    def step_sizes(self, batch: int, part: slice, like: Tensor) -> Tensor:
+        """Step sizes [B] of the chains `part` of a `batch`, in the dtype of `like` [B, *event]."""
+        h = torch.as_tensor(self.step_size, dtype=torch.float64).to(like)
+        if h.ndim and h.shape != (batch,):
+            raise ShapeError(
+                f"step_size of shape {tuple(h.shape)} for {batch} chains: give one number, or "
+                "one for each chain"
+            )
+        return (h[part] if h.ndim else h.expand(len(like))).clone()
+
+    def start(self, x: Tensor, target: Target, noise: ChainNoise) -> ChainState:
+        """The state at `x` [B, *event], by one evaluation of the score."""
+        return ChainState(target(x))
+
+    @abstractmethod
+    def step(self, state: ChainState, target: Target, noise: ChainNoise, h: Tensor) -> ChainState:
+        """The state after one step of sizes `h` [B, 1, ...]; nothing is written in place."""
+
+
+def checked_step(step_size: object) -> StepSize:
+    """`step_size` if it is a positive number or a tensor [B] of them; else raises."""
+    if not isinstance(step_size, Tensor) or step_size.ndim == 0:
+        return real_number("step_size", step_size, above=0)
+    if step_size.ndim > 1:
+        raise ShapeError(f"step_size of shape {tuple(step_size.shape)}: give a number or [B]")
+    if not bool((torch.isfinite(step_size) & (step_size > 0)).all()):
+        raise ArgumentError("step_size has entries that are not finite and positive")
+    return step_size
+
+
+def metropolis(
+    old: Point, new: Point, proposal_ratio: Tensor, target: Target, noise: ChainNoise
+) -> ChainState:
+    """Accept `new` with probability min(1, pi(y) q(y -> x) / (pi(x) q(x -> y))), else stay.
+
+    A ratio that is not a number is a rejection.
+
+    Args:
+        old, new: the points x and y.
+        proposal_ratio: log q(y -> x) - log q(x -> y), [B].
+        target: pi.
+        noise: gives one uniform number a chain.
+
+    Source:
+        Hastings 1970, "Monte Carlo sampling methods using Markov chains", Biometrika 57.
+    """
+    error = None
+    if old.log_prob is None or new.log_prob is None:
+        change, error = line_integral(target, old, new)
+    else:
+        change = new.log_prob - old.log_prob
+    log_ratio = change + proposal_ratio
+    accepted = noise.uniform(log_ratio).log() < log_ratio
+    probability = log_ratio.clamp(max=0.0).exp().nan_to_num(0.0)
+    return ChainState(old.where(accepted, new), acceptance=probability, error=error)

@@ -1,0 +1,289 @@
+"""Markov chains on a score model: one verb for every kernel.
+
+Chains are rows of x [B, *event]; each has its own numbers, step size, acceptance and status, so
+how a batch is split into chunks changes no chain. The step sizes of an adjusted kernel are adapted
+in a warm-up and then stay as they are, because a kernel that learns has no invariant law.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from scoresolve.driving import failure, split_cond, warn_of_dropout
+from scoresolve.errors import ArgumentError, Status, row_status, whole_number
+from scoresolve.kernels import (
+    ChainNoise,
+    ChainState,
+    DualAveraging,
+    Kernel,
+    ParallelTempering,
+    Target,
+    as_target,
+    get_kernel,
+)
+from scoresolve.kernels.target import column, factor_of
+from scoresolve.models import Model
+from scoresolve.noise import NoiseSource, as_noise
+from scoresolve.plans import check_state
+from scoresolve.targets import GaussianMixture
+
+__all__ = ["Chains", "run_chains"]
+
+
+@dataclass(frozen=True)
+class Chains:
+    """What `run_chains` returns.
+
+    Attributes:
+        x: final states, [B, *event].
+        samples: states after every `thin` steps past the warm-up, [S, B, *event]; None if not kept.
+        log_prob: log pi of `x` up to a constant, [B], where it is known.
+        acceptance: mean acceptance probability after the warm-up, [B], or [B, R] of the replicas
+            of parallel tempering; None for a kernel that is not adjusted.
+        acceptance_error: mean estimated error of the changes of log pi, likewise, where they were
+            integrated from the score: to this extent the invariant law is not pi.
+        step_size: of every chain after the warm-up, shaped as `acceptance`.
+        swap_rates: mean acceptance of exchanges between neighbours, [B, R - 1].
+        status: one `Status` per chain, [B] int64.
+        nfe: evaluations of the score of one chain, its replicas together, counted where the model
+            is called.
+        calls: calls of the model, for all chunks together.
+    """
+
+    x: Tensor
+    samples: Tensor | None
+    log_prob: Tensor | None
+    acceptance: Tensor | None
+    acceptance_error: Tensor | None
+    step_size: Tensor
+    swap_rates: Tensor | None
+    status: Tensor
+    nfe: int
+    calls: int
+
+    @property
+    def ok(self) -> Tensor:
+        """Which chains are good, [B] bool."""
+        return self.status == int(Status.OK)
+
+
+def run_chains(
+    score: Target | GaussianMixture | Model | Callable[..., Tensor],
+    *,
+    x: Tensor,
+    kernel: str | Kernel = "mala",
+    steps: int = 1000,
+    warmup: int = 0,
+    keep: bool = True,
+    thin: int = 1,
+    step_size: float | Tensor | None = None,
+    covariance: Tensor | None = None,
+    t: float | None = None,
+    nodes: int = 3,
+    seed: int = 0,
+    noise: NoiseSource | torch.Generator | Callable[..., Tensor] | None = None,
+    chunk: int | None = None,
+    progress: bool = False,
+    raise_on_failure: bool = False,
+    **cond: Any,
+) -> Chains:
+    """Run a Markov chain from every row of `x`.
+
+    Args:
+        score: the target: a `GaussianMixture`, `from_energy(fn)`, any model or callable
+            `score(x, t, **cond)`, or a `Target` such as `Tilted`.
+        x: starts, [B, *event], float32 or float64.
+        kernel: a name of `KERNELS` or a `Kernel`.
+        steps: steps after the warm-up, >= 1.
+        warmup: steps before, >= 0, which are not kept; an adjusted kernel adapts the step size of
+            each chain in them.
+        keep: whether states are kept; a batch of B chains needs memory for `steps / thin` of it.
+        thin: keep the state after every so many steps, >= 1.
+        step_size: of a kernel given by name, a number or [B].
+        covariance: about that of the target, [D, D], or variances [*event]. Noise and momenta
+            then have this covariance and its inverse; step sizes are in units of it.
+        t: fixed time of a model; its process's `t_min` if omitted.
+        nodes: of the integral along the proposal where only a score is known.
+        seed: in [0, 2^64); chain b of a seed is the same in every batch.
+        noise: a source, a generator or a callable instead of `seed`.
+        chunk: chains that run at a time; all if omitted.
+        progress: show a bar.
+        raise_on_failure: raise `SolveError` if a chain fails.
+        **cond: to the model; a tensor whose first axis is B is split along with `x`.
+
+    Returns:
+        `Chains`.
+
+    Raises:
+        ArgumentError, ShapeError, UnknownNameError: before the first call of the model, an
+            argument cannot be used.
+        SolveError: a chain failed and `raise_on_failure` is set.
+
+    >>> import torch, scoresolve as ss
+    >>> ring = ss.targets.ring()
+    >>> chains = ss.run_chains(ring, x=ring.sample(100), kernel="mala", steps=50, warmup=50)
+    >>> chains.samples.shape, chains.nfe
+    (torch.Size([50, 100, 2]), 101)
+    """
+    check_state(x)
+    if x.dtype not in (torch.float32, torch.float64):
+        raise ArgumentError(f"x is {x.dtype}: chains need float32 or float64")
+    chosen = get_kernel(kernel, step_size)
+    steps, warmup = whole_number("steps", steps), whole_number("warmup", warmup, least=0)
+    thin = whole_number("thin", thin, most=steps)
+    batch = len(x)
+    size = max(1, batch if chunk is None else min(whole_number("chunk", chunk), batch))
+    factor, source = factor_of(covariance, x), as_noise(noise, seed)
+    warn_of_dropout(score)
+    run = _Run(chosen, steps, warmup, thin if keep else None)
+    parts = []
+    starts = range(0, batch, size) if batch else range(1)
+    with tqdm(
+        total=(steps + warmup) * len(starts), disable=None if progress else True, unit="step"
+    ) as bar:
+        for begin in starts:
+            part = slice(begin, begin + size)
+            target = as_target(score, t, nodes, **split_cond(cond, part, batch))
+            parts.append(run(target.scaled(factor), x[part], batch, part, source.rows(part), bar))
+            if bool((parts[-1].status == int(Status.INTERRUPTED)).any()):
+                break
+    result = _joined(parts, x)
+    if raise_on_failure and not bool(result.ok.all()):
+        raise failure(result, result.status)
+    return result
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One chunk from start to end."""
+
+    kernel: Kernel
+    steps: int
+    warmup: int
+    thin: int | None
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        target: Target,
+        x: Tensor,
+        batch: int,
+        part: slice,
+        source: NoiseSource,
+        bar: tqdm[object],
+    ) -> Chains:
+        kernel, rungs = self.kernel, self.kernel.copies
+        h = kernel.step_sizes(batch, part, x)
+        bound, before = kernel.bind(target, len(x)), target.calls
+        noise = ChainNoise(source, copies=rungs)
+        count = self.steps // self.thin if self.thin else 0
+        samples = x.new_full((count, *x.shape), torch.nan)
+        total, error = torch.zeros_like(h), torch.zeros_like(h)
+        done, interrupted = 0, False
+        tuner = DualAveraging(h, kernel.target_acceptance or 0.0)
+        u = target.coordinates(x)
+        state = kernel.start(u.clone() if u is x else u, bound, noise)
+        wide = column(h, state.point.x)
+        try:
+            for step in range(self.warmup):
+                state = kernel.step(state, bound, noise, wide)
+                bar.update()
+                if state.acceptance is not None:
+                    tuner.update(state.acceptance)
+                    h = tuner.step_size if step + 1 < self.warmup else tuner.average
+                    wide = column(h, state.point.x)
+            state = state._replace(
+                rounds=0, swaps=None if state.swaps is None else torch.zeros_like(state.swaps)
+            )
+            for done in range(1, self.steps + 1):
+                state = kernel.step(state, bound, noise, wide)
+                bar.update()
+                if state.acceptance is not None:
+                    total += state.acceptance
+                if state.error is not None:
+                    error += state.error
+                if self.thin and done % self.thin == 0:
+                    samples[done // self.thin - 1] = target.place(state.point.x[::rungs])
+        except KeyboardInterrupt:
+            interrupted = True
+        return self._result(
+            target,
+            state,
+            samples,
+            h,
+            total / max(done - interrupted, 1),
+            error / max(done - interrupted, 1),
+            interrupted,
+            bound.calls - before,
+        )
+
+    def _result(
+        self,
+        target: Target,
+        state: ChainState,
+        samples: Tensor,
+        h: Tensor,
+        acceptance: Tensor,
+        error: Tensor,
+        interrupted: bool,
+        calls: int,
+    ) -> Chains:
+        kernel, point, rungs = self.kernel, state.point, self.kernel.copies
+        x = target.place(point.x[::rungs])
+        status = row_status(x)
+        if kernel.adjusted:  # a chain that cannot be accepted anywhere has not moved
+            stuck = row_status(point.score[::rungs]) | row_status(
+                x.new_zeros(len(x)) if point.log_prob is None else point.log_prob[::rungs]
+            )
+            status = status | stuck
+        if interrupted:
+            status = torch.full_like(status, int(Status.INTERRUPTED))
+
+        def by_chain(values: Tensor) -> Tensor:
+            return values.view(-1, rungs) if rungs > 1 else values
+
+        return Chains(
+            x=x.clone(),
+            samples=samples if self.thin else None,
+            log_prob=None if point.log_prob is None else point.log_prob[::rungs],
+            acceptance=by_chain(acceptance) if kernel.adjusted else None,
+            acceptance_error=by_chain(error) if state.error is not None else None,
+            step_size=by_chain(h),
+            swap_rates=kernel.swap_rates(state) if isinstance(kernel, ParallelTempering) else None,
+            status=status,
+            nfe=calls * rungs,
+            calls=calls,
+        )
+
+
+def _joined(parts: list[Chains], x: Tensor) -> Chains:
+    """The chunks as one result; chains that an interrupt left out are NaN and say so."""
+
+    def rows(pieces: list[Any], dim: int = 0) -> Any:
+        if pieces[0] is None:
+            return None
+        whole = torch.cat(pieces, dim)
+        shape = list(whole.shape)
+        shape[dim] = len(x) - shape[dim]
+        return torch.cat([whole, whole.new_full(shape, torch.nan)], dim) if shape[dim] else whole
+
+    status = torch.cat([part.status for part in parts])
+    left = status.new_full((len(x) - len(status),), int(Status.INTERRUPTED))
+    return Chains(
+        x=rows([part.x for part in parts]),
+        samples=rows([part.samples for part in parts], 1),
+        log_prob=rows([part.log_prob for part in parts]),
+        acceptance=rows([part.acceptance for part in parts]),
+        acceptance_error=rows([part.acceptance_error for part in parts]),
+        step_size=rows([part.step_size for part in parts]),
+        swap_rates=rows([part.swap_rates for part in parts]),
+        status=torch.cat([status, left]),
+        nfe=max(part.nfe for part in parts),
+        calls=sum(part.calls for part in parts),
+    )
