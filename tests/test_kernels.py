@@ -583,3 +583,96 @@ def test_bad_input_is_refused_before_the_first_call() -> None:
         Tilted(None, as_target(score))
     with pytest.raises(ShapeError, match="one value per element"):
         ss.run_chains(lambda x, t: x[:, :1], x=x, steps=1)
+
+
+# Parallel tempering and correctors
+
+
+def test_tempering_crosses_a_barrier_where_langevin_does_not() -> None:
+    """Two modes 14 standard deviations apart, all chains in one: half of them must move."""
+    far = ss.GaussianMixture([1.0, 1.0], [[-4.0, 0.0], [4.0, 0.0]], 0.3)
+    x = torch.tensor([[-4.0, 0.0]], dtype=F64).repeat(300, 1)
+    kernel = ParallelTempering(MALA(0.3), [1.0, 0.4, 0.15, 0.05, 0.02])
+    tempered = ss.run_chains(far, x=x, kernel=kernel, steps=250, warmup=150, keep=False)
+    crossed = float((tempered.x[:, 0] > 0).double().mean())
+    assert abs(crossed - 0.5) < 4 * 0.5 / math.sqrt(300)
+    assert tempered.swap_rates is not None and tempered.acceptance is not None
+    assert (tempered.swap_rates.mean(0) > 0.3).all() and tempered.acceptance.shape == (300, 5)
+    assert tempered.nfe == 5 * 401 and tempered.calls == 401
+    plain = ss.run_chains(far, x=x, kernel="mala", steps=250, warmup=150, keep=False)
+    assert float((plain.x[:, 0] > 0).double().mean()) < 0.02
+
+
+def test_a_tilted_base_may_be_the_last_rung() -> None:
+    """beta = 0 is the base itself, from which the hottest replica draws."""
+    base = ss.GaussianMixture([1.0], [[0.0, 0.0]], 4.0)
+    target = ss.kernels.Geometric(as_target(base), as_target(MIX))
+    kernel = ParallelTempering(HMC(0.5, 3), [1.0, 0.5, 0.0], every=2)
+    x = torch.zeros(2000, 2, dtype=F64)
+    out = ss.run_chains(target, x=x, kernel=kernel, steps=60, keep=False)
+    assert out.nfe == 3 * (1 + 60 * 2 * 3)
+    z = (out.x.mean(0) - MIX.mean) / (MIX.covariance.diagonal() / len(x)).sqrt()
+    assert z.abs().max() < 4
+
+
+@pytest.mark.parametrize("kernel", [MALA(0.5), HMC(0.5, 2)])
+def test_an_adjusted_corrector_leaves_the_marginal_invariant(kernel: Kernel) -> None:
+    sde, t = ss.VP(), 0.3
+    marginal = MIX.marginal(sde, t)
+    corrector = ss.solvers.KernelCorrector(kernel, moves=4, nodes=4)
+    solver = ss.solvers.PredictorCorrector(ss.solvers.DDIM(), corrector)
+    (moves,) = [
+        stage.kernel
+        for stage in ss.plan(solver, sde, [0.31, t]).stages
+        if isinstance(stage, ss.plans.stages.Custom)
+    ]
+    x, model = marginal.sample(10_000), MIX.score_model(sde)
+    calls = 0
+
+    def predict(prediction: str, y: Tensor, s: float) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return model.predict(prediction, y, s)
+
+    end = moves(x, t, predict, ss.Philox(1), 0)
+    assert calls == moves.calls
+    assert drifts(x, end, marginal.log_prob).abs().max() < 4
+    assert float((end - x).square().mean()) > 0.1
+    assert torch.equal(moves(x[3:9], t, predict, ss.Philox(1, 3), 0), end[3:9])
+
+
+def test_a_corrector_brings_a_coarse_predictor_to_the_law() -> None:
+    sde = ss.VP()
+    model, law = MIX.score_model(sde), MIX.marginal(sde, sde.t_min)
+    exact = law.log_prob(law.sample(4000)).mean()
+
+    def gap(solver: ss.Solver) -> float:
+        out = ss.sample(model, sde, shape=(4000, 2), solver=solver, steps=4, denoise=False)
+        return abs(float(law.log_prob(out.x.double()).mean() - exact))
+
+    predictor = ss.solvers.EulerMaruyama()
+    corrector = ss.solvers.KernelCorrector(HMC(0.6, 5), moves=12)
+    assert gap(ss.solvers.PredictorCorrector(predictor, corrector)) < gap(predictor) / 3
+
+
+def test_a_corrector_may_follow_its_acceptance() -> None:
+    """From a step far too large, towards 0.6: where a fixed step stays put, it moves."""
+    sde, t = ss.VE(sigma_max=10.0), 0.5
+    model, x = MIX.score_model(sde), MIX.marginal(sde, t).sample(2000)
+    moved = []
+    for acceptance in (None, 0.6):
+        corrector = ss.solvers.KernelCorrector(
+            MALA(1000.0), moves=25, nodes=1, acceptance=acceptance
+        )
+        solver = ss.solvers.PredictorCorrector(ss.solvers.DDIM(), corrector)
+        stages = ss.plan(solver, sde, [0.6, t]).stages
+        (moves,) = [s.kernel for s in stages if isinstance(s, ss.plans.stages.Custom)]
+        end = moves(x, t, model.predict, ss.Philox(0), 0)
+        moved.append(float((end - x).square().mean() / x.square().mean()))
+    assert moved[1] > 1 and moved[0] < moved[1] / 5
+    with pytest.raises(ArgumentError, match="accepts everything"):
+        ss.solvers.KernelCorrector(ULA(0.1), acceptance=0.5)
+    with pytest.raises(ArgumentError, match="acceptance"):
+        ss.solvers.KernelCorrector(MALA(), acceptance=1.5)
+    with pytest.raises(ArgumentError, match="single chains"):
+        ss.solvers.KernelCorrector(ParallelTempering(MALA(), [1.0, 0.5]))

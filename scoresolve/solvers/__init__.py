@@ -18,6 +18,7 @@ from scoresolve.solvers.bridges import TorchDiffEq, TorchSDE
 from scoresolve.solvers.correctors import (
     AnnealedCorrector,
     Corrector,
+    KernelCorrector,
     LangevinCorrector,
     PredictorCorrector,
 )
@@ -93,6 +94,7 @@ __all__ = [
     "GottaGoFast",
     "GradientEstimation",
     "Integrator",
+    "KernelCorrector",
     "LangevinCorrector",
     "PredictorCorrector",
     "Resampling",

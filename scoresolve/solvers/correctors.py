@@ -5,7 +5,8 @@ A corrector moves the state at time t towards p_t without changing t:
     x <- x + delta score(x, t) + sqrt(2 delta) z.
 
 The annealed rule takes delta proportional to sigma_t^2, which is linear and has an exact law;
-the norm rule takes it from the sizes of score and noise, sample by sample.
+the norm rule takes it from the sizes of score and noise, sample by sample. A kernel of
+`scoresolve.kernels` corrects too, one that accepts and rejects without a bias of its own.
 """
 
 from __future__ import annotations
@@ -16,13 +17,21 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from scoresolve.errors import ArgumentError, whole_number
+from scoresolve.errors import ArgumentError, real_number, whole_number
+from scoresolve.kernels import ChainNoise, Kernel, Target
+from scoresolve.kernels.target import column
 from scoresolve.noise import NoiseSource, Purpose
 from scoresolve.plans import Linear, Run
 from scoresolve.plans.stages import Predict
 from scoresolve.solvers.base import Solver
 
-__all__ = ["AnnealedCorrector", "Corrector", "LangevinCorrector", "PredictorCorrector"]
+__all__ = [
+    "AnnealedCorrector",
+    "Corrector",
+    "KernelCorrector",
+    "LangevinCorrector",
+    "PredictorCorrector",
+]
 
 
 class Corrector(ABC):
@@ -116,6 +125,74 @@ class AnnealedCorrector(Corrector):
             score = run.predict(x, t, "score")
             x = x + delta * score + math.sqrt(2 * delta) * run.noise(t, t)
         return x
+
+
+class KernelCorrector(Corrector):
+    """Steps of a Markov chain kernel on p_t, which an adjusted kernel leaves invariant.
+
+        h = step_size sigma_t^power,
+
+    where the kernel's step size scales as a length to its `power`. For Langevin kernels this is
+    the rule of a signal-to-noise ratio, h = 2 (snr sigma_t)^2, with the expected norms of noise and
+    score: `MALA(2 * snr**2)`. A rule that reads the norms themselves would spoil the acceptance.
+
+    Args:
+        kernel: its acceptance is integrated from the score along the proposal.
+        moves: steps per time, >= 1.
+        nodes: of that integral, each an evaluation more in a move of an adjusted kernel.
+        acceptance: if given, in (0, 1), the step of every sample is moved towards it in the moves
+            of a time, log h <- log h + (a - acceptance) / sqrt(move), from the rule's.
+
+    Raises:
+        ArgumentError: a value is out of range, the kernel has replicas or a step size for every
+            chain, or `acceptance` is given for a kernel that accepts everything.
+
+    Source:
+        Song et al. 2021 (2011.13456), appendix G, for correctors; the kernel's own for the move.
+    """
+
+    def __init__(
+        self, kernel: Kernel, moves: int = 1, nodes: int = 3, acceptance: float | None = None
+    ) -> None:
+        if kernel.copies > 1 or isinstance(kernel.step_size, Tensor):
+            raise ArgumentError(f"{kernel.name!r}: give a kernel of single chains with one step")
+        if acceptance is not None and not kernel.adjusted:
+            raise ArgumentError(f"{kernel.name!r} accepts everything: leave out acceptance")
+        self.kernel, self.moves = kernel, whole_number("moves", moves)
+        self.nodes = whole_number("nodes", nodes)
+        self.acceptance = acceptance
+        if acceptance is not None and not 0 < real_number("acceptance", acceptance) < 1:
+            raise ArgumentError(f"acceptance = {acceptance}: give a number in (0, 1)")
+        self.name, self.source = kernel.name, kernel.source
+
+    def correct(self, x: Linear, t: float, run: Run) -> Linear:
+        return run.apply(_KernelMoves(self, run.sigma(t) ** self.kernel.power), x, t)
+
+
+class _KernelMoves:
+    """The moves at a time whose unit of step size is `unit`; the `Kernel` of a `Custom` stage."""
+
+    def __init__(self, corrector: KernelCorrector, unit: float) -> None:
+        kernel, self.corrector, self.unit = corrector.kernel, corrector, unit
+        integral = corrector.nodes if kernel.adjusted else 0
+        self.name, self.calls = (
+            corrector.name,
+            1 + corrector.moves * (kernel.evaluations + integral),
+        )
+
+    def __call__(
+        self, x: Tensor, t: float, predict: Predict, noise: NoiseSource, draw: int
+    ) -> Tensor:
+        kernel, wanted = self.corrector.kernel, self.corrector.acceptance
+        target = Target(lambda y: (None, predict("score", y, t)), False, self.corrector.nodes)
+        numbers = ChainNoise(noise, draw)
+        h = self.unit * kernel.step_sizes(len(x), slice(None), x)
+        state = kernel.start(x, target, numbers)
+        for move in range(self.corrector.moves):
+            state = kernel.step(state, target, numbers, column(h, x))
+            if wanted is not None and state.acceptance is not None:
+                h = h * ((state.acceptance - wanted) / math.sqrt(move + 1)).exp()
+        return state.point.x
 
 
 class PredictorCorrector(Solver):

@@ -1,0 +1,225 @@
+"""Chains through sequences of densities: where they end, and the normaliser they measure."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import scoresolve as ss
+from scoresolve.errors import ArgumentError, GridError, ShapeError, SolveError
+from scoresolve.kernels import BAOAB, HMC, MALA, ULA, Kernel, ParallelTempering
+
+F64 = torch.float64
+MIX = ss.GaussianMixture([1.0, 2.0], [[-1.5, 0.0], [1.5, 0.5]], [0.3, 0.2])
+WIDE = ss.GaussianMixture([1.0], [[0.0, 0.0]], 6.0)
+LOG_Z = 3.0
+ENERGY = ss.from_energy(lambda x, t: -MIX.log_prob(x) - LOG_Z)
+BETAS = torch.linspace(0, 1, 21, dtype=F64) ** 2
+
+
+def standard_errors(x: Tensor, law: ss.GaussianMixture) -> Tensor:
+    """Distance of the mean and of the spread about the exact mean, in standard errors."""
+    centred = x.double() - law.mean
+    squares = centred.square() - law.covariance.diagonal()
+    return torch.stack(
+        [v.mean(0) / (v.std(0) / math.sqrt(len(x))) for v in (centred, squares)]
+    ).abs()
+
+
+LEVELS = torch.logspace(math.log10(9.9), math.log10(0.3), 8).tolist()
+
+
+# Noise levels
+
+
+@pytest.mark.parametrize("kernel", [MALA(0.3), HMC(0.7, 3), BAOAB(0.4)])
+def test_annealed_langevin_ends_at_the_data(kernel: Kernel) -> None:
+    """Both modes in their shares, though at the last level no chain could cross."""
+    sde = ss.VE(sigma_min=0.01, sigma_max=10.0)
+    times = [float(sde.time_from_log_snr(-2 * torch.tensor(s).log())) for s in LEVELS]
+    x = ss.Philox(0).normal(torch.empty(2000, 2, dtype=F64), 0) * 10
+    out = ss.annealed_langevin(MIX.score_model(sde), sde, times, x=x, kernel=kernel, steps=40)
+    law = MIX.marginal(sde, times[-1])
+    assert out.ok.all() and standard_errors(out.x, law).max() < 4.5
+    assert out.nfe == out.calls == len(times) * (1 + 40 * kernel.evaluations)
+    assert (out.acceptance is not None) is kernel.adjusted
+    if out.acceptance is not None:
+        assert out.acceptance.shape == (len(times), 2000) and (out.acceptance.mean(1) > 0.5).all()
+
+
+def test_annealed_langevin_is_the_published_loop() -> None:
+    """x <- x + alpha_i/2 score + sqrt(alpha_i) z, alpha_i = eps sigma_i^2 / sigma_L^2."""
+    sde = ss.VE(sigma_min=0.01, sigma_max=1.0)
+    times = [1.0, 0.6, 0.2, 0.01]
+    sigmas = [float(sde.sigma(t)) for t in times]
+    model, x = MIX.score_model(sde), WIDE.sample(7)
+    out = ss.annealed_langevin(model, sde, times, x=x, steps=5, seed=3)
+    noise, draw = ss.Philox(3), 0
+    for t, sigma in zip(times, sigmas, strict=True):
+        alpha = 2e-5 * sigma**2 / 0.01**2
+        for _ in range(5):
+            z = noise.normal(x, draw, ss.noise.Purpose.CHAIN)
+            x, draw = x + alpha / 2 * model(x, t) + math.sqrt(alpha) * z, draw + 1
+    torch.testing.assert_close(out.x, x, rtol=1e-9, atol=1e-9)
+
+
+# Inverse temperatures
+
+
+def test_simulated_annealing_finds_the_global_minimum() -> None:
+    """A rugged bowl: local minima 2.1 apart, the least at 0, from starts far away."""
+    rugged = ss.from_energy(lambda x, t: (0.15 * x.square() + 1 - torch.cos(3 * x)).sum(1))
+    betas = 2.0 ** torch.arange(-1.0, 5.0, 0.2)
+    x = WIDE.sample(100) * 2
+    out = ss.simulated_annealing(
+        rugged, betas, x=x, kernel=HMC(0.8, 3), steps=40, step_sizes=betas.sqrt().reciprocal()
+    )
+    assert out.value is not None and out.acceptance is not None
+    torch.testing.assert_close(out.value, -rugged.energy(out.x, out.x), rtol=1e-9, atol=1e-9)
+    found = float((out.x.abs().amax(1) < 0.3).double().mean())
+    quench = ss.simulated_annealing(rugged, [32.0], x=x, kernel=HMC(0.14, 3), steps=len(betas) * 40)
+    assert found > 0.8 > 0.6 > float((quench.x.abs().amax(1) < 0.3).double().mean())
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 2.0])
+def test_each_level_of_annealing_has_its_law(beta: float) -> None:
+    """N(0, I) tilted by exp(beta <a, x>) is N(beta a, I)."""
+    a = torch.tensor([1.0, -0.5], dtype=F64)
+    line = ss.from_energy(lambda x, t: -x @ a)
+    base = ss.GaussianMixture([1.0], [[0.0, 0.0]], 1.0)
+    out = ss.simulated_annealing(
+        line, [beta / 2, beta], x=base.sample(4000), base=base, kernel=HMC(0.5, 3), steps=15
+    )
+    law = ss.GaussianMixture([1.0], [(beta * a).tolist()], 1.0)
+    assert standard_errors(out.x, law).max() < 4.5
+
+
+# The normaliser
+
+
+def importance(seed: int, n: int = 1500, **options: Any) -> ss.ImportanceEstimate:
+    options = {"kernel": HMC(0.5, 3), **options}
+    return ss.annealed_importance(
+        ENERGY, WIDE, BETAS, x=WIDE.sample(n, seed=seed), seed=seed, **options
+    )
+
+
+@pytest.mark.parametrize("kernel", [HMC(0.5, 3), MALA(0.2)])
+def test_log_z_of_a_mixture_is_within_its_standard_error(kernel: Kernel) -> None:
+    """Ten runs: their mean is unbiased to their error, which has the size it says."""
+    runs = [importance(seed, kernel=kernel) for seed in range(10)]
+    z = torch.tensor([(run.log_z - LOG_Z) / run.standard_error for run in runs])
+    assert abs(float(z.mean())) < 4 / math.sqrt(10)
+    assert 0.4 < float(z.std()) < 1.7
+    assert all(run.standard_error < 0.06 and run.effective_size > 300 for run in runs)
+    weights = runs[0].log_weights.softmax(0)
+    mean = weights @ runs[0].x
+    assert float((mean - MIX.mean).norm()) < 0.3
+
+
+def test_weights_are_those_of_their_definition() -> None:
+    """Without moves (a step of size 0, as good as), log w is log p - log q at the start."""
+    x = WIDE.sample(50)
+    out = ss.annealed_importance(ENERGY, WIDE, [0.0, 0.3, 1.0], x=x, kernel=HMC(1e-12, 1))
+    expected = MIX.log_prob(x) + LOG_Z - WIDE.log_prob(x)
+    torch.testing.assert_close(out.log_weights, expected, rtol=1e-6, atol=1e-6)
+    assert out.log_z == pytest.approx(float(expected.logsumexp(0)) - math.log(50), abs=1e-6)
+    w = expected.exp()
+    error = float(w.std() / w.mean()) / math.sqrt(50)
+    assert out.standard_error == pytest.approx(error, rel=1e-5)
+    assert out.effective_size == pytest.approx(float(w.sum() ** 2 / w.square().sum()), rel=1e-5)
+    assert out.nfe == 3 and out.calls == 3
+
+
+def test_one_density_has_the_ratio_one_whatever_happens() -> None:
+    out = ss.annealed_importance(WIDE, WIDE, BETAS, x=WIDE.sample(20))
+    assert out.log_z == pytest.approx(0, abs=1e-12) and out.effective_size == pytest.approx(20)
+
+
+# Chains as rows
+
+
+def test_an_annealed_chain_does_not_know_its_batch() -> None:
+    sde, x = ss.VP(), WIDE.sample(9)
+    wave = ss.as_model(lambda x, t, shift: shift - x.sin(), sde)
+    shift = WIDE.sample(9, seed=1)
+
+    def run(**options: Any) -> ss.Annealed:
+        return ss.annealed_langevin(
+            wave, sde, [0.9, 0.5, 0.1], x=x, kernel=MALA(0.1), steps=4, shift=shift, **options
+        )
+
+    whole = run()
+    for chunk in (1, 4):
+        part = run(chunk=chunk)
+        assert torch.equal(part.x, whole.x) and torch.equal(part.acceptance, whole.acceptance)
+        assert part.nfe == whole.nfe and part.calls > whole.calls
+    weights = importance(0, n=40).log_weights
+    split = importance(0, n=40, chunk=7).log_weights
+    torch.testing.assert_close(split, weights, rtol=1e-9, atol=1e-9)
+
+
+def test_failures_are_told_and_left_out() -> None:
+    x = WIDE.sample(200)
+    broken = x.clone()
+    broken[5] = torch.nan
+    good = ss.annealed_importance(ENERGY, WIDE, BETAS, x=x)
+    bad = ss.annealed_importance(ENERGY, WIDE, BETAS, x=broken)
+    assert bad.status.nonzero().flatten().tolist() == [5]
+    keep = torch.arange(200) != 5
+    torch.testing.assert_close(bad.log_weights[keep], good.log_weights[keep])
+    assert bad.log_z == pytest.approx(
+        float(good.log_weights[keep].logsumexp(0)) - math.log(199), abs=1e-9
+    )
+    with pytest.raises(SolveError, match="1 of 200"):
+        ss.annealed_importance(ENERGY, WIDE, BETAS, x=broken, raise_on_failure=True)
+
+
+def test_an_interrupt_hands_back_what_is_done() -> None:
+    calls = 0
+
+    def score(x: Tensor, t: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 20:
+            raise KeyboardInterrupt
+        return -x
+
+    out = ss.annealed_langevin(
+        score, ss.VP(), [0.9, 0.5], x=WIDE.sample(6), kernel=ULA(0.1), steps=5, chunk=2
+    )
+    assert out.status.tolist() == [0, 0, 4, 4, 4, 4]
+    assert torch.isfinite(out.x[:4]).all() and out.x[4:].isnan().all()
+
+
+def test_bad_input_is_refused() -> None:
+    sde, x = ss.VP(), WIDE.sample(4)
+    model = MIX.score_model(sde)
+    for times in ([], [0.1, 0.5], [0.5, 0.5], [2.0, 0.5], [0.5, 0.0]):
+        with pytest.raises(GridError, match="times"):
+            ss.annealed_langevin(model, sde, times, x=x)
+    for betas in ([], [0.0], [0.0, 0.5], [0.1, 1.0], [0.0, 0.7, 0.3, 1.0]):
+        with pytest.raises(ArgumentError, match="betas"):
+            ss.annealed_importance(MIX, WIDE, betas, x=x)
+    with pytest.raises(ArgumentError, match="would bias log Z"):
+        ss.annealed_importance(MIX, WIDE, BETAS, x=x, kernel=ULA(0.1))
+    with pytest.raises(ArgumentError, match="no standard error"):
+        ss.annealed_importance(MIX, WIDE, BETAS, x=x[:1])
+    with pytest.raises(ShapeError, match="step_sizes"):
+        ss.annealed_importance(MIX, WIDE, BETAS, x=x, step_sizes=[1.0])
+    with pytest.raises(ArgumentError, match="temperatures of its own"):
+        ss.annealed_importance(MIX, WIDE, BETAS, x=x, kernel=ParallelTempering(MALA(), [1.0, 0.5]))
+    with pytest.raises(ArgumentError, match="betas are empty"):
+        ss.simulated_annealing(ENERGY, [], x=x)
+    with pytest.raises(ArgumentError, match="beta"):
+        ss.simulated_annealing(ENERGY, [math.inf], x=x)
+    with pytest.raises(ArgumentError, match="not only gradients"):
+        ss.simulated_annealing(lambda x, t: -x, [1.0], x=x)
+    with pytest.raises(ArgumentError, match="float32 or float64"):
+        ss.simulated_annealing(ENERGY, [1.0], x=x.half())
+    with pytest.raises(ArgumentError, match="steps"):
+        ss.simulated_annealing(ENERGY, [1.0], x=x, steps=0)
