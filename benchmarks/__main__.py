@@ -12,7 +12,7 @@ import click
 import torch
 
 import scoresolve
-from benchmarks import adaptive, conditioning, likelihood, nfe, overhead, tracing
+from benchmarks import adaptive, conditioning, likelihood, mcmc, nfe, overhead, tracing
 from benchmarks.peers import versions
 
 BENCHMARKS: dict[str, Callable[[], list[dict[str, object]]]] = {
@@ -22,6 +22,9 @@ BENCHMARKS: dict[str, Callable[[], list[dict[str, object]]]] = {
     "adaptive_time_full": partial(adaptive.measure_time, full=True),
     "conditioning": conditioning.measure,
     "likelihood": likelihood.measure,
+    "mcmc": mcmc.measure,
+    "mcmc_full": partial(mcmc.measure, steps=1000, repeats=1),
+    "mcmc_yield": mcmc.measure_yield,
     "nfe": nfe.measure,
     "nfe_wide": partial(nfe.measure, "wide"),
     "nfe_full": partial(nfe.measure, "full"),

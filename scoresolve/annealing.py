@@ -93,7 +93,7 @@ class ImportanceEstimate:
 
     Attributes:
         log_z: log of the mean weight of the good chains, which estimates log(Z_p / Z_q). The
-            mean weight is unbiased; its logarithm is low by about half of `standard_error`^2.
+            mean weight is unbiased; its logarithm is low by about half of the square of its error.
         standard_error: of `log_z`, to first order, from the spread of the weights.
         effective_size: (sum w)^2 / sum w^2, of at most B chains. Below some tens of it the
             error is not to be trusted either.

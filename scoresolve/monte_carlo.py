@@ -99,7 +99,7 @@ def run_chains(
         score: the target: a `GaussianMixture`, `from_energy(fn)`, any model or callable
             `score(x, t, **cond)`, or a `Target` such as `Tilted`.
         x: starts, [B, *event], float32 or float64.
-        kernel: a name of `KERNELS` or a `Kernel`.
+        kernel: a name of `KERNELS` or a kernel made of its class.
         steps: steps after the warm-up, >= 1.
         warmup: steps before, >= 0, which are not kept; an adjusted kernel adapts the step size of
             each chain in them.
@@ -180,10 +180,10 @@ class _Run:
     ) -> Chains:
         kernel, rungs = self.kernel, self.kernel.copies
         h = kernel.step_sizes(batch, part, x)
-        bound, before = kernel.bind(target, len(x)), target.calls
+        bound, before = kernel.bind(target, x), target.calls
         noise = ChainNoise(source, copies=rungs)
         count = self.steps // self.thin if self.thin else 0
-        samples = x.new_full((count, *x.shape), torch.nan)
+        samples = x.new_empty((count, *x.shape))
         total, error = torch.zeros_like(h), torch.zeros_like(h)
         done, interrupted = 0, False
         tuner = DualAveraging(h, kernel.target_acceptance or 0.0)
@@ -211,14 +211,15 @@ class _Run:
                 if self.thin and done % self.thin == 0:
                     samples[done // self.thin - 1] = target.place(state.point.x[::rungs])
         except KeyboardInterrupt:
-            interrupted = True
+            interrupted, done = True, max(done - 1, 0)
+            samples[done // (self.thin or 1) :] = torch.nan
         return self._result(
             target,
             state,
             samples,
             h,
-            total / max(done - interrupted, 1),
-            error / max(done - interrupted, 1),
+            total / max(done, 1),
+            error / max(done, 1),
             interrupted,
             bound.calls - before,
         )
@@ -268,7 +269,7 @@ def _joined(parts: list[Chains], x: Tensor) -> Chains:
     def rows(pieces: list[Any], dim: int = 0) -> Any:
         if pieces[0] is None:
             return None
-        whole = torch.cat(pieces, dim)
+        whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
         shape = list(whole.shape)
         shape[dim] = len(x) - shape[dim]
         return torch.cat([whole, whole.new_full(shape, torch.nan)], dim) if shape[dim] else whole

@@ -151,7 +151,7 @@ def _first(u: Tensor) -> Tensor:
 def test_exchanges_are_in_detailed_balance() -> None:
     """With two replicas: pi_1(x) pi_2(y) a(x, y) = pi_1(y) pi_2(x) a(y, x)."""
     kernel, x, y = ParallelTempering(MALA(), [1.0, 0.3]), points(20, 3, 4), points(20, 3, 5)
-    target = kernel.bind(as_target(ENERGY), 20)
+    target = kernel.bind(as_target(ENERGY), x)
 
     def flow(first: Tensor, second: Tensor) -> Tensor:
         noise = ChainNoise(Script(), copies=2)
@@ -199,7 +199,7 @@ def test_tempered_replicas_stay_in_their_laws() -> None:
     laws = [ss.GaussianMixture([1.0], gaussian.means, gaussian.covariances / b) for b in betas]
     exact = [law.sample(20_000, seed=i) for i, law in enumerate(laws)]
     kernel = ParallelTempering(MALA(0.4), betas)
-    target = kernel.bind(as_target(gaussian), 20_000)
+    target = kernel.bind(as_target(gaussian), exact[0])
     noise = ChainNoise(ss.Philox(5), copies=3)
     state = kernel.start(exact[0], target, noise)
     state = state._replace(point=target(torch.stack(exact, 1).flatten(0, 1)))

@@ -101,8 +101,8 @@ class Kernel(ABC):
         """Whether pi is left invariant exactly, by accepting and rejecting."""
         return self.target_acceptance is not None
 
-    def bind(self, target: Target, batch: int) -> Target:
-        """The target that the steps of `batch` chains get."""
+    def bind(self, target: Target, x: Tensor) -> Target:
+        """The target that the steps of chains from `x` [B, *event] get."""
         return target
 
     def step_sizes(self, batch: int, part: slice, like: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from scoresolve.errors import ArgumentError, known_name
 from scoresolve.kernels.base import Kernel, StepSize
@@ -12,7 +13,7 @@ from scoresolve.kernels.underdamped import BAOAB, OBABO
 
 __all__ = ["KERNELS", "get_kernel"]
 
-KERNELS: dict[str, Callable[..., Kernel]] = {
+KERNELS: dict[str, Callable[..., Any]] = {
     "ula": ULA,
     "mala": MALA,
     "baoab": BAOAB,
@@ -28,7 +29,7 @@ def get_kernel(kernel: str | Kernel, step_size: StepSize | None = None) -> Kerne
     """The kernel of that name, or `kernel` itself.
 
     Args:
-        kernel: a name of `KERNELS`, or a `Kernel`, which has a step size of its own.
+        kernel: a name of `KERNELS`, or a kernel made of its class with a step size of its own.
         step_size: > 0, a number or [B]; may be left out where warm-up adapts it.
 
     Raises:
@@ -42,4 +43,5 @@ def get_kernel(kernel: str | Kernel, step_size: StepSize | None = None) -> Kerne
     name = known_name("kernel", kernel, KERNELS)
     if step_size is None and name not in _ADAPTED:
         raise ArgumentError(f"{name!r} is not adjusted, so its step size is yours: give step_size")
-    return KERNELS[name]() if step_size is None else KERNELS[name](step_size)
+    made: Kernel = KERNELS[name]() if step_size is None else KERNELS[name](step_size)
+    return made

@@ -154,7 +154,7 @@ class Tilted(Target):
     Args:
         base: q; None for a constant.
         tilt: f in the place of a log-density, with its gradient.
-        beta: inverse temperature, or one for each row, [B].
+        beta: inverse temperature, or one for each row, [B] in the dtype of the states.
 
     Raises:
         ArgumentError: f or log q is known by its gradient alone.
@@ -183,11 +183,13 @@ class Tilted(Target):
     def moved(self, point: Point, before: float | Tensor) -> Point:
         """A `point` of the member at beta = `before` as one of this member: no evaluation."""
         assert point.tilt is not None and point.tilt_score is not None
-        step = torch.as_tensor(self.beta - before).to(point.x)
-        return point._replace(
-            score=torch.addcmul(point.score, column(step, point.x), point.tilt_score),
-            log_prob=None if point.log_prob is None else point.log_prob + step * point.tilt,
-        )
+        step = self.beta - before
+        if isinstance(step, Tensor):
+            score = torch.addcmul(point.score, column(step, point.x), point.tilt_score)
+        else:
+            score = point.score.add(point.tilt_score, alpha=step)
+        log_prob = None if point.log_prob is None else point.log_prob + step * point.tilt
+        return point._replace(score=score, log_prob=log_prob)
 
     def _parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """log q, its score, f, its gradient."""

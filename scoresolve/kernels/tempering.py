@@ -55,7 +55,7 @@ class ParallelTempering(Kernel):
         self.target_acceptance = kernel.target_acceptance
         self.evaluations = self.every * kernel.evaluations
 
-    def bind(self, target: Target, batch: int) -> Target:
+    def bind(self, target: Target, x: Tensor) -> Target:
         if not target.density:
             raise ArgumentError("exchanges need the density, not only its score: give an energy")
         if not isinstance(target, Tilted):
@@ -64,7 +64,7 @@ class ParallelTempering(Kernel):
                     "beta = 0 needs a base q that is a density: give Tilted or Geometric"
                 )
             target = Tilted(None, target.scaled(None)).scaled(target.factor)
-        return target.at(torch.tensor(self.betas, dtype=torch.float64).repeat(batch))
+        return target.at(torch.tensor(self.betas, dtype=torch.float64).to(x).repeat(len(x)))
 
     def step_sizes(self, batch: int, part: slice, like: Tensor) -> Tensor:
         h, rungs = torch.as_tensor(self.step_size, dtype=torch.float64).to(like), len(self.betas)
@@ -89,7 +89,6 @@ class ParallelTempering(Kernel):
         point, rungs, beta = state.point, len(self.betas), target.beta
         assert point.tilt is not None and isinstance(beta, Tensor)
         first = torch.arange(state.rounds % 2, rungs - 1, 2, device=point.x.device)
-        beta = beta.to(point.x)
         f, b = point.tilt.view(-1, rungs), beta.view(-1, rungs)
         log_ratio = (b[:, first] - b[:, first + 1]) * (f[:, first + 1] - f[:, first])
         u = noise.uniform(point.tilt).view(-1, rungs)[:, first]
