@@ -81,8 +81,8 @@ def test_simulated_annealing_finds_the_global_minimum() -> None:
     assert out.value is not None and out.acceptance is not None
     torch.testing.assert_close(out.value, -rugged.energy(out.x, out.x), rtol=1e-9, atol=1e-9)
     found = float((out.x.abs().amax(1) < 0.3).double().mean())
-    quench = ss.simulated_annealing(rugged, [16.0], x=x, kernel=HMC(0.2, 3), steps=len(betas) * 30)
-    assert found > 0.7 > 0.6 > float((quench.x.abs().amax(1) < 0.3).double().mean())
+    quench = ss.simulated_annealing(rugged, [16.0], x=x, kernel=HMC(0.07, 3), steps=len(betas) * 10)
+    assert found > 0.7 > 0.1 > float((quench.x.abs().amax(1) < 0.3).double().mean())
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 2.0])
