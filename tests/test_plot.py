@@ -18,11 +18,13 @@ from scoresolve.errors import ArgumentError, ScoresolveError, UnknownNameError
 from scoresolve.metrics import Method, compare
 from scoresolve.plot import (
     PICTURES,
+    animate_chains,
     animate_flow,
     animate_score,
     picture,
     plot_brownian,
     plot_flow,
+    plot_four_points,
     plot_grids,
     plot_images,
     plot_orders,
@@ -32,10 +34,12 @@ from scoresolve.plot import (
 )
 from scoresolve.plot.flows import forward
 
+SLOW = ("solvers", "four_points")
 LINE = ss.GaussianMixture([0.5, 0.5], [[-1.0], [1.0]], [0.04, 0.04])
 SHORT = {
     "flow": lambda: animate_flow(LINE, samples=50, frames=2),
     "score": lambda: animate_score(ss.targets.ring(), samples=10, frames=2),
+    "chains": lambda: animate_chains(ss.targets.ring(), chains=5, frames=2),
 }
 
 
@@ -45,7 +49,7 @@ def texts(figure: Figure) -> str:
     return " | ".join([*labels, *titles])
 
 
-@pytest.mark.parametrize("name", [name for name in PICTURES if name != "solvers"])
+@pytest.mark.parametrize("name", [name for name in PICTURES if name not in SLOW])
 def test_every_picture_is_drawn_by_its_command(name: str, tmp_path: Path) -> None:
     out = tmp_path / f"{name}.png"
     result = CliRunner().invoke(main, ["plot", name, "--out", str(out)])
@@ -85,6 +89,18 @@ def test_forward_paths_have_the_marginals_of_the_process() -> None:
             alpha, sigma = float(sde.alpha(t)), float(sde.sigma(t))
             assert float(x.mean()) == pytest.approx(0.7 * alpha, abs=4.5 * sigma / 4000**0.5)
             assert float(x.std()) == pytest.approx(sigma, rel=4.5 / 8000**0.5)
+
+
+def test_four_points_are_found_again_with_the_exact_score() -> None:
+    figure = plot_four_points(paths=6, steps=2)
+    off = {
+        text.split(":")[0]: float(text.split()[-1])
+        for text in texts(figure).split(" | ")
+        if "ends within" in text
+    }
+    assert len(off) == 5
+    assert max(value for title, value in off.items() if "exact" in title) < 0.1
+    assert min(value for title, value in off.items() if "learned" in title) > 0.1
 
 
 def test_brownian_paths_say_how_many_stay_inside() -> None:

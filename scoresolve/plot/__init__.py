@@ -7,8 +7,10 @@ trajectories by the solvers themselves. Lines carry their own labels.
     picture("orders").savefig("orders.png")        save_picture("flow", "flow.gif")
 """
 
+from scoresolve.plot.chains import animate_chains, plot_chains
 from scoresolve.plot.convergence import plot_grids, plot_orders, plot_strong_errors
 from scoresolve.plot.flows import plot_brownian, plot_flow, plot_paths, plot_score
+from scoresolve.plot.four_points import learn_four_points, plot_four_points
 from scoresolve.plot.motion import animate_flow, animate_score
 from scoresolve.plot.pictures import PICTURES, Picture, picture, save_picture
 from scoresolve.plot.samples import plot_images, plot_samples
@@ -16,11 +18,15 @@ from scoresolve.plot.samples import plot_images, plot_samples
 __all__ = [
     "PICTURES",
     "Picture",
+    "animate_chains",
     "animate_flow",
     "animate_score",
+    "learn_four_points",
     "picture",
     "plot_brownian",
+    "plot_chains",
     "plot_flow",
+    "plot_four_points",
     "plot_grids",
     "plot_images",
     "plot_orders",

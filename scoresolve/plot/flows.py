@@ -232,11 +232,13 @@ def draw_score(axes: Axes, mixture: GaussianMixture, sde: GaussianSDE, t: float)
     axes.set_aspect("equal")
 
 
-def shade_marginals(axes: Axes, mixture: GaussianMixture, sde: GaussianSDE) -> None:
-    """p_t over its maximum at each t, as a heat map of t and x on `axes`."""
+def shade_marginals(
+    axes: Axes, mixture: GaussianMixture, sde: GaussianSDE, reach: float | None = None
+) -> None:
+    """p_t over its maximum at each t, as a heat map of t and x, up to `reach`, on `axes`."""
     if mixture.event_shape != (1,):
         raise ShapeError(f"the mixture is over events {tuple(mixture.event_shape)}: need (1,)")
-    t, reach = torch.linspace(sde.t_min, sde.T, 300, dtype=F64), reach_of(mixture, sde)
+    t, reach = torch.linspace(sde.t_min, sde.T, 300, dtype=F64), reach or reach_of(mixture, sde)
     x = torch.linspace(-reach, reach, 400, dtype=F64)
     pairs = torch.cartesian_prod(t, x)
     p = mixture.score_model(sde).log_prob(pairs[:, 1:], pairs[:, 0]).reshape(300, 400).exp()

@@ -17,7 +17,7 @@ from scoresolve.sampling import DEFAULT_SOLVER
 from scoresolve.sde import VP, GaussianSDE
 from scoresolve.targets import GaussianMixture
 
-__all__ = ["animate_flow", "animate_score"]
+__all__ = ["PAUSE", "animate_flow", "animate_score", "moving"]
 
 PAUSE = 8
 """Frames for which the noise and the data stand still."""
@@ -79,7 +79,7 @@ def animate_flow(
         label(axes, "x", "", f"p_t and {len(points)} samples, {way}, t = {t:.2f}")
         return []
 
-    return _moving(figure, draw, len(shown))
+    return moving(figure, draw, len(shown))
 
 
 def animate_score(
@@ -111,10 +111,11 @@ def animate_score(
         label(axes, "x₁", "x₂", f"score of p_t and {samples} samples, t = {float(times[i]):.2f}")
         return []
 
-    return _moving(figure, draw, frames + 1 + PAUSE)
+    return moving(figure, draw, frames + 1 + PAUSE)
 
 
-def _moving(figure: Figure, draw: Callable[[int], list[Artist]], frames: int) -> FuncAnimation:
+def moving(figure: Figure, draw: Callable[[int], list[Artist]], frames: int) -> FuncAnimation:
+    """A film of what `draw(frame)` changes on a figure."""
     figure.set_dpi(80)
     draw(0)
     figure.draw_without_rendering()

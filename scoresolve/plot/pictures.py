@@ -13,8 +13,10 @@ from scoresolve.digits import load_network
 from scoresolve.errors import ArgumentError, known_name
 from scoresolve.metrics import Method, class_mixture, compare
 from scoresolve.models import from_denoiser
+from scoresolve.plot.chains import animate_chains, plot_chains
 from scoresolve.plot.convergence import plot_grids, plot_orders, plot_strong_errors
 from scoresolve.plot.flows import plot_brownian, plot_flow, plot_paths, plot_score
+from scoresolve.plot.four_points import plot_four_points
 from scoresolve.plot.motion import animate_flow, animate_score
 from scoresolve.plot.samples import plot_images, plot_samples
 from scoresolve.sampling import DEFAULT_SOLVER, sample
@@ -38,6 +40,12 @@ class Picture:
 
 def _line() -> GaussianMixture:
     return GaussianMixture([0.3, 0.5, 0.2], [[-1.6], [0.4], [1.9]], [0.04, 0.05, 0.02])
+
+
+def _lobes() -> GaussianMixture:
+    means = [[-1.6, -0.8], [1.4, -1.0], [0.2, 1.5]]
+    covariances = [[[0.6, 0.3], [0.3, 0.5]], [[0.5, -0.2], [-0.2, 0.4]], [[0.8, 0.0], [0.0, 0.3]]]
+    return GaussianMixture([0.4, 0.3, 0.3], means, covariances)
 
 
 def _samples() -> Figure:
@@ -78,6 +86,15 @@ PICTURES: dict[str, Picture] = {
         "the score of p_t as a vector field at four times; as GIF samples follow it",
         lambda: plot_score(ring(std=0.3)),
         lambda: animate_score(ring(std=0.3)),
+    ),
+    "four_points": Picture(
+        "four points on the line: the chain forward, and back with the exact and a learned score",
+        plot_four_points,
+    ),
+    "chains": Picture(
+        "Langevin and Hamiltonian chains on a density; as GIF they spread over it",
+        lambda: plot_chains(_lobes()),
+        lambda: animate_chains(_lobes()),
     ),
     "brownian": Picture("Brownian motion against its envelope sqrt(t)", plot_brownian),
     "samples": Picture("samples of a ring of Gaussians over its density", _samples),

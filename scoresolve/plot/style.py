@@ -36,10 +36,10 @@ DENSITY = LinearSegmentedColormap.from_list("density", ["#FFFFFF", "#C9DDEE", "#
 
 
 def new_figure(
-    width: float, height: float, columns: int = 1, share: bool = False
+    width: float, height: float, columns: int = 1, share: bool = False, rows: int = 1
 ) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(width, height), dpi=160, layout="constrained", facecolor="white")
-    row = figure.subplots(1, columns, squeeze=False, sharex=share, sharey=share)[0]
+    row = figure.subplots(rows, columns, squeeze=False, sharex=share, sharey=share).flatten()
     for axes in row:
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(MUTED)

@@ -1,0 +1,107 @@
+"""Markov chains on a density in the plane."""
+
+from __future__ import annotations
+
+import torch
+from matplotlib.animation import FuncAnimation
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from scoresolve.errors import ShapeError, known_name
+from scoresolve.monte_carlo import run_chains
+from scoresolve.plot.motion import PAUSE, moving
+from scoresolve.plot.samples import shade_density
+from scoresolve.plot.style import INK, colour, label, new_figure
+from scoresolve.targets import GaussianMixture
+
+__all__ = ["animate_chains", "plot_chains"]
+
+KERNELS = {"ula": (0.05, 1), "mala": (0.05, 1), "baoab": (0.15, 1), "hmc": (0.15, 10)}
+"""Kernels that are shown, their step sizes and the score calls of a step."""
+
+
+def plot_chains(
+    mixture: GaussianMixture, chains: int = 4, calls: int = 400, seed: int = 0
+) -> Figure:
+    """Chains of several kernels over the density they sample, from equal starts.
+
+    Args:
+        mixture: the density, over events [2].
+        chains: chains of each kernel, in colours of their own; they start near the centre.
+        calls: score calls of each chain, at least 10.
+        seed: of all noise.
+
+    Returns:
+        A figure with a panel for each kernel, titled with its score calls.
+
+    Raises:
+        ShapeError: the mixture is not over events [2].
+    """
+    figure, row = new_figure(0.4 + 2.8 * len(KERNELS), 3.2, columns=len(KERNELS), share=True)
+    for axes, name in zip(row, KERNELS, strict=True):
+        states, spent = _states(mixture, name, chains, calls, seed)
+        _shade(axes, mixture)
+        for i in range(chains):
+            axes.plot(*states[:, i].T, color=colour(i + 1), linewidth=0.6, marker=".", markersize=2)
+        label(axes, "x₁", "x₂" if axes is row[0] else "", f"{name}, {spent} score calls")
+    return figure
+
+
+def animate_chains(
+    mixture: GaussianMixture,
+    kernel: str = "mala",
+    chains: int = 300,
+    frames: int = 60,
+    seed: int = 0,
+) -> FuncAnimation:
+    """Many chains of one kernel that spread over a density from its middle.
+
+    Args:
+        mixture: the density, over events [2].
+        kernel: "ula", "mala", "baoab" or "hmc".
+        chains: how many.
+        frames: frames of four steps each, at least 1.
+        seed: of all noise.
+
+    Raises:
+        ShapeError: the mixture is not over events [2].
+    """
+    calls = 4 * frames * KERNELS[known_name("kernel", kernel, KERNELS)][1]
+    states, _ = _states(mixture, kernel, chains, calls, seed)
+    figure, (axes,) = new_figure(4.2, 4.4)
+    _shade(axes, mixture)
+    (points,) = axes.plot(*states[0].T, ".", markersize=3, color=INK, alpha=0.7)
+
+    def draw(frame: int) -> list[Artist]:
+        step = 4 * min(frame, frames)
+        points.set_data(*states[step].T.numpy())
+        label(axes, "x₁", "x₂", f"{chains} chains, {kernel}, step {step}")
+        return []
+
+    return moving(figure, draw, frames + 1 + PAUSE)
+
+
+def _states(
+    mixture: GaussianMixture, kernel: str, chains: int, calls: int, seed: int
+) -> tuple[Tensor, int]:
+    """States [steps + 1, chains, 2] from starts near the origin, and the score calls of one."""
+    step_size, each = KERNELS[kernel]
+    if mixture.event_shape != (2,):
+        raise ShapeError(f"the mixture is over events {tuple(mixture.event_shape)}: need (2,)")
+    generator = torch.Generator().manual_seed(seed)
+    x = 0.3 * torch.randn(chains, 2, dtype=torch.float64, generator=generator)
+    found = run_chains(
+        mixture, x=x, kernel=kernel, step_size=step_size, steps=calls // each, seed=seed
+    )
+    assert found.samples is not None
+    return torch.cat([x[None], found.samples]), found.nfe
+
+
+def _shade(axes: Axes, mixture: GaussianMixture) -> None:
+    reach = 1.15 * float(mixture.sample(2000).abs().max())
+    shade_density(axes, mixture, torch.zeros(2).numpy(), reach)
+    axes.set_xlim(-reach, reach)
+    axes.set_ylim(-reach, reach)
+    axes.set_aspect("equal")
