@@ -469,7 +469,13 @@ def _anneal(
             rows = slice(begin, begin + size)
             levels = make(split_cond(cond, rows, batch))
             h = kernel.step_sizes(batch, rows, x[rows])
-            parts.append(_solve(kernel, levels, units, steps, x[rows], h, source.rows(rows), bar))
+            numbers = source.rows(rows)
+            try:
+                parts.append(_solve(kernel, levels, units, steps, x[rows], h, numbers, bar))
+            except KeyboardInterrupt:
+                if not parts:
+                    raise
+                break
             if bool((parts[-1].status == int(Status.INTERRUPTED)).any()):
                 break
 

@@ -149,8 +149,13 @@ def run_chains(
     ) as bar:
         for begin in starts:
             part = slice(begin, begin + size)
-            target = as_target(score, t, nodes, **split_cond(cond, part, batch))
-            parts.append(run(target.scaled(factor), x[part], batch, part, source.rows(part), bar))
+            target = as_target(score, t, nodes, **split_cond(cond, part, batch)).scaled(factor)
+            try:
+                parts.append(run(target, x[part], batch, part, source.rows(part), bar))
+            except KeyboardInterrupt:
+                if not parts:
+                    raise
+                break
             if bool((parts[-1].status == int(Status.INTERRUPTED)).any()):
                 break
     result = _joined(parts, x)

@@ -321,6 +321,47 @@ def test_on_a_gaussian_one_node_gives_the_chain_of_the_density() -> None:
     assert (known.nfe, alone.nfe) == (31, 61)
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.4, 1.0, torch.linspace(0, 1, 6, dtype=F64)])
+def test_targets_give_the_gradient_of_their_density(beta: float | Tensor) -> None:
+    x, h = points(6, 2, 20), 1e-5
+    factor = torch.linalg.cholesky(torch.tensor([[1.0, 0.8], [0.8, 2.0]], dtype=F64))
+    mixture, own = as_target(MIX), as_target(ENERGY)
+    family = ss.kernels.Geometric(mixture, own)
+    for target in (mixture, own, Tilted(None, own).at(beta), Tilted(mixture, own, beta), family):
+        if isinstance(target, ss.kernels.Geometric):
+            target = target.at(beta)
+        for seen in (target, target.scaled(factor), target.scaled(torch.tensor([0.5, 2.0]))):
+            for i in range(2):
+                step = h * torch.eye(2, dtype=F64)[i]
+                up, down = seen(x + step).log_prob, seen(x - step).log_prob
+                assert up is not None and down is not None
+                slope = (up - down) / (2 * h)
+                torch.testing.assert_close(seen(x).score[:, i], slope, rtol=1e-7, atol=1e-7)
+            torch.testing.assert_close(seen.place(seen.coordinates(x)), x, rtol=1e-12, atol=1e-12)
+    log_p = -energy(x, x)
+    between = torch.lerp(MIX.log_prob(x), log_p, torch.as_tensor(beta, dtype=F64))
+    torch.testing.assert_close(family.at(beta)(x).log_prob, between, rtol=1e-12, atol=1e-12)
+    tilted = Tilted(mixture, own, beta)(x).log_prob
+    torch.testing.assert_close(tilted, MIX.log_prob(x) + beta * log_p, rtol=1e-12, atol=1e-12)
+
+
+def test_a_model_with_a_density_of_its_own_needs_no_integral() -> None:
+    class Known(ss.Model):
+        sde = None
+
+        def predict(self, prediction: str, x: Tensor, t: object, **cond: object) -> Tensor:
+            return MIX.score(x)
+
+        def log_prob(self, x: Tensor, t: object) -> Tensor:
+            return MIX.log_prob(x)
+
+    x = points(10, 2, 21)
+    known = ss.run_chains(Known(), x=x, steps=10)
+    joint = ss.run_chains(MIX, x=x, steps=10)
+    assert known.nfe == 11
+    torch.testing.assert_close(known.samples, joint.samples, rtol=1e-10, atol=1e-10)
+
+
 # Adaptation
 
 
@@ -404,8 +445,8 @@ def test_normal_and_uniform_numbers_share_nothing() -> None:
     noise, like = ChainNoise(ss.Philox(0)), torch.zeros(5000, 1, dtype=F64)
     z = torch.stack([noise.normal(like)[:, 0] for _ in range(3)])
     u = torch.stack([noise.uniform(like[:, 0]) for _ in range(70)])
-    every = torch.cat([z, (u - 0.5) * math.sqrt(12)])
-    correlations = torch.corrcoef(every) - torch.eye(73)
+    every = torch.cat([z, z.square(), u, (u - 0.5).abs()])  # one word gives radius and distance
+    correlations = torch.corrcoef(every) - torch.eye(len(every))
     assert correlations.abs().max() < 5 / math.sqrt(5000)
 
 
@@ -519,20 +560,24 @@ def test_models_that_reuse_memory_and_callers_that_keep_theirs() -> None:
     assert all(torch.equal(kept, copy) for kept, copy in seen)
 
 
-def test_an_interrupt_hands_back_what_is_done() -> None:
+@pytest.mark.parametrize("at", [14, 20])
+def test_an_interrupt_hands_back_what_is_done(at: int) -> None:
+    """In the sixth step of the second chunk, or at its start."""
     calls = 0
 
     def score(x: Tensor, t: Tensor) -> Tensor:
         nonlocal calls
         calls += 1
-        if calls == 20:
+        if calls == at:
             raise KeyboardInterrupt
         return -x
 
     out = ss.run_chains(score, x=points(4, 2, 18), kernel=ULA(0.1), steps=12, chunk=2)
     assert out.status.tolist() == [0, 0, 4, 4] and out.samples is not None
-    assert torch.isfinite(out.samples[:5]).all() and torch.isfinite(out.x).all()
-    assert torch.isfinite(out.samples[:, :2]).all() and out.samples[5:, 2:].isnan().all()
+    done = max(at - 15, 0)
+    assert torch.isfinite(out.samples[:done]).all()
+    assert bool(torch.isfinite(out.x[2:]).all()) is (done > 0)
+    assert torch.isfinite(out.samples[:, :2]).all() and out.samples[done:, 2:].isnan().all()
 
 
 def test_bad_input_is_refused_before_the_first_call() -> None:
@@ -639,6 +684,7 @@ def test_an_adjusted_corrector_leaves_the_marginal_invariant(kernel: Kernel) -> 
     assert drifts(x, end, marginal.log_prob).abs().max() < 4
     assert float((end - x).square().mean()) > 0.1
     assert torch.equal(moves(x[3:9], t, predict, ss.Philox(1, 3), 0), end[3:9])
+    assert not torch.equal(moves(x, t, predict, ss.Philox(1), moves.calls), end)
 
 
 def test_a_corrector_brings_a_coarse_predictor_to_the_law() -> None:

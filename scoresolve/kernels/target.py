@@ -234,8 +234,8 @@ def as_target(
 
     Args:
         score: a `Target`, a `GaussianMixture`, a model or a callable `score(x, t, **cond)`. A
-            model with a method `log_prob_and_score(x, t, **cond)`, such as `from_energy`, gives
-            the acceptance; otherwise it is integrated from the score.
+            model with a method `log_prob_and_score(x, t, **cond)`, such as `from_energy`, or with
+            `log_prob(x, t, **cond)` gives the acceptance; otherwise it is integrated.
         t: the fixed time at which a model is asked; if omitted `t_min` of its process, 0 if
             it has none.
         nodes: as in `Target`.
@@ -266,6 +266,9 @@ def as_target(
             held[:] = [model_time(time, x)]
         return held[0]
 
+    log_prob = getattr(score, "log_prob", None)
+    if both is None and log_prob is not None:
+        return Target(lambda x: (log_prob(x, at(x), **cond), score(x, at(x), **cond)), True, nodes)
     if both is None:
         return Target(lambda x: (None, score(x, at(x), **cond)), False, nodes)
     return Target(lambda x: both(x, at(x), **cond), True, nodes)
