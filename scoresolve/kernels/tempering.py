@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from scoresolve.errors import ArgumentError, ShapeError, real_number, whole_number
-from scoresolve.kernels import base
 from scoresolve.kernels.base import ChainNoise, ChainState, Kernel
 from scoresolve.kernels.target import Target, Tilted
 
@@ -43,7 +42,7 @@ class ParallelTempering(Kernel):
 
     source = "Geyer 1991; Okabe et al. 2001, Chem. Phys. Lett. 335"
 
-    def __init__(self, kernel: base.Kernel, betas: Sequence[float], every: int = 1) -> None:
+    def __init__(self, kernel: Kernel, betas: Sequence[float], every: int = 1) -> None:
         self.betas = [real_number("beta", beta, least=0, most=1) for beta in betas]
         falling = all(a > b for a, b in itertools.pairwise(self.betas))
         if not (len(self.betas) > 1 and self.betas[0] == 1 and falling):

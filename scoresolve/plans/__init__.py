@@ -7,16 +7,16 @@ from scoresolve.plans.executor import (
 )
 from scoresolve.plans.law import Law
 from scoresolve.plans.plan import Plan
-from scoresolve.plans.stages import Call, Combine, Custom, Draw, Drift, Kernel, Mark, Stage
+from scoresolve.plans.stages import Action, Call, Combine, Custom, Draw, Drift, Mark, Stage
 from scoresolve.plans.tracing import Linear, Past, Run, trace
 
 __all__ = [
+    "Action",
     "Call",
     "Combine",
     "Custom",
     "Draw",
     "Drift",
-    "Kernel",
     "Law",
     "Linear",
     "Mark",

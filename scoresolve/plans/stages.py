@@ -21,12 +21,12 @@ from torch import Tensor
 from scoresolve.noise import NoiseSource
 from scoresolve.sde import SchedulePoint
 
-__all__ = ["Call", "Combine", "Custom", "Draw", "Drift", "Kernel", "Mark", "Stage"]
+__all__ = ["Action", "Call", "Combine", "Custom", "Draw", "Drift", "Mark", "Stage"]
 
 Predict = Callable[[str, Tensor, float], Tensor]
 
 
-class Kernel(Protocol):
+class Action(Protocol):
     """A state update that is not linear, held by a `Custom` stage."""
 
     name: str
@@ -100,7 +100,7 @@ class Custom:
     out: int
     x: int
     t: float
-    kernel: Kernel
+    kernel: Action
     draw: int
     kind: ClassVar[str] = "custom"
 

@@ -18,7 +18,7 @@ import torch
 
 from scoresolve.errors import ArgumentError, GridError, ScoresolveError
 from scoresolve.plans.plan import Plan
-from scoresolve.plans.stages import Call, Combine, Custom, Draw, Drift, Kernel, Mark, Stage
+from scoresolve.plans.stages import Action, Call, Combine, Custom, Draw, Drift, Mark, Stage
 from scoresolve.sde import SDE, GaussianSDE, SchedulePoint
 
 __all__ = ["Linear", "Past", "Run", "Steps", "trace"]
@@ -218,7 +218,7 @@ class Run:
         self.stages.append(Drift(out, source, t))
         return Linear({out: 1.0})
 
-    def apply(self, kernel: Kernel, x: Linear, t: float) -> Linear:
+    def apply(self, kernel: Action, x: Linear, t: float) -> Linear:
         """A kernel that is not linear in the state, applied at (x, t)."""
         source, out = self._materialise(x), self._new()
         self.stages.append(Custom(out, source, t, kernel, self._draws))

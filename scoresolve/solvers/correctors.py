@@ -78,7 +78,7 @@ class LangevinCorrector(Corrector):
     def __call__(
         self, x: Tensor, t: float, predict: Predict, noise: NoiseSource, draw: int
     ) -> Tensor:
-        """The moves on actual states [B, *event]; the `Kernel` of a `Custom` stage."""
+        """The moves on actual states [B, *event]; the `Action` of a `Custom` stage."""
         for move in range(self.calls):
             score = predict("score", x, t)
             z = noise.normal(x, draw + move, Purpose.CORRECTOR)
@@ -170,7 +170,7 @@ class KernelCorrector(Corrector):
 
 
 class _KernelMoves:
-    """The moves at a time whose unit of step size is `unit`; the `Kernel` of a `Custom` stage."""
+    """The moves at a time whose unit of step size is `unit`; the `Action` of a `Custom` stage."""
 
     def __init__(self, corrector: KernelCorrector, unit: float) -> None:
         kernel, self.corrector, self.unit = corrector.kernel, corrector, unit
