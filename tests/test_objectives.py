@@ -18,6 +18,7 @@ from torch import Tensor
 import scoresolve as ss
 from scoresolve import objectives
 from scoresolve.errors import ArgumentError, ShapeError, UnknownNameError
+from scoresolve.kernels import HMC
 from scoresolve.models import PREDICTIONS, NetworkModel
 from scoresolve.noise import Philox
 from scoresolve.objectives import (
@@ -29,7 +30,7 @@ from scoresolve.objectives import (
     denoising_loss,
     denoising_score_matching,
     implicit_score_matching,
-    langevin_negatives,
+    negatives,
     sliced_score_matching,
 )
 from scoresolve.sde import GaussianSDE
@@ -361,12 +362,17 @@ def potential(theta: Tensor) -> Callable[[Tensor], Tensor]:
     return energy
 
 
-@pytest.mark.parametrize("moves", [1, 4])
-def test_the_exact_energy_minimises_contrastive_divergence(moves: int) -> None:
+@pytest.mark.parametrize(
+    ("kernel", "moves"), [("mala", 1), ("mala", 4), (HMC(0.3, leapfrogs=3), 1)]
+)
+def test_the_exact_energy_minimises_contrastive_divergence(kernel: str | HMC, moves: int) -> None:
     x = mix.sample(4 * N, seed=12)
 
     def loss(theta: Tensor) -> Tensor:
-        return contrastive_divergence(potential(theta), x, moves=moves, delta=0.3, seed=1)
+        size = 0.3 if isinstance(kernel, str) else None
+        return contrastive_divergence(
+            potential(theta), x, kernel=kernel, moves=moves, step_size=size, seed=1
+        )
 
     at_truth, wrong = own(4 * N), own(4 * N, 1.0)
     assert bool((deviations(loss(at_truth), at_truth) < 4.5).all())
@@ -374,21 +380,19 @@ def test_the_exact_energy_minimises_contrastive_divergence(moves: int) -> None:
 
 
 def test_adjusted_chains_leave_the_density_and_unadjusted_ones_do_not() -> None:
-    """Of N(0, 1) with delta = 1/2: x' = x/2 + z has the variance 5/4."""
+    """Of N(0, 1) with step size 1/2: x' = x/2 + z has the variance 5/4."""
     x = normal(generator(5), 40_000, 1)
-    for adjust, variance in ((True, 1.0), (False, 1.25)):
-        moved = langevin_negatives(
-            lambda y: y.square().sum(1) / 2, x, delta=0.5, adjust=adjust, seed=2
-        )
+    for kernel, variance in (("mala", 1.0), ("ula", 1.25)):
+        moved = negatives(lambda y: y.square().sum(1) / 2, x, kernel=kernel, step_size=0.5, seed=2)
         error = variance * math.sqrt(2 / len(x))
         assert abs(float(moved.var()) - variance) < 4.5 * error
         assert (moved != x).double().mean() > 0.8
 
 
 def test_chains_that_are_often_refused_leave_the_density_too() -> None:
-    """Half of all moves of N(0, 1) with delta = 2 stay where they were, with their old force."""
+    """Half of all moves of N(0, 1) with step size 2 stay where they were, with their old force."""
     x = normal(generator(8), 40_000, 1)
-    moved = langevin_negatives(lambda y: y.square().sum(1) / 2, x, moves=8, delta=2.0, seed=5)
+    moved = negatives(lambda y: y.square().sum(1) / 2, x, moves=8, step_size=2.0, seed=5)
     for power, moment, variance in ((2, 1.0, 2.0), (4, 3.0, 96.0)):
         gap = float(moved.pow(power).mean()) - moment
         assert abs(gap) < 4.5 * math.sqrt(variance / len(x))
@@ -400,7 +404,7 @@ def test_the_contrastive_gradient_of_a_gaussian_energy_is_the_closed_form() -> N
     x = math.sqrt(v) * normal(generator(6), n, 1)
     slope = torch.full((n,), theta, dtype=F64, requires_grad=True)
     loss = contrastive_divergence(
-        lambda y: slope * y[:, 0] ** 2 / 2, x, delta=delta, adjust=False, seed=3
+        lambda y: slope * y[:, 0] ** 2 / 2, x, kernel="ula", step_size=delta, seed=3
     )
     (gradient,) = torch.autograd.grad(loss.sum(), slope)
     expected = (v - (1 - delta * theta) ** 2 * v - 2 * delta) / 2
@@ -410,7 +414,7 @@ def test_the_contrastive_gradient_of_a_gaussian_energy_is_the_closed_form() -> N
 def test_many_moves_carry_data_to_the_density_of_the_energy() -> None:
     target, n = ss.targets.gaussian(torch.tensor([1.0, -0.5], dtype=F64), 0.5), 4000
     x = torch.full((n, 2), 3.0, dtype=F64)
-    moved = langevin_negatives(lambda y: -target.log_prob(y), x, moves=40, delta=0.3, seed=4)
+    moved = negatives(lambda y: -target.log_prob(y), x, moves=40, step_size=0.3, seed=4)
     error = math.sqrt(0.5 / n)
     assert float((moved.mean(0) - target.mean).abs().max()) < 4.5 * error
     assert float((moved.var(0) - 0.5).abs().max()) < 4.5 * math.sqrt(2 / n) * 0.5
@@ -419,14 +423,14 @@ def test_many_moves_carry_data_to_the_density_of_the_energy() -> None:
 
 def test_chains_do_not_know_their_batch() -> None:
     x = normal(generator(7), 9, 2)
-    whole = langevin_negatives(
-        lambda y: y.square().square().sum(1), x, moves=3, delta=0.3, seed=1, draw=2
+    whole = negatives(
+        lambda y: y.square().square().sum(1), x, moves=3, step_size=0.3, seed=1, draw=2
     )
-    part = langevin_negatives(
-        lambda y: y.square().square().sum(1), x[:4], moves=3, delta=0.3, seed=1, draw=2
+    part = negatives(
+        lambda y: y.square().square().sum(1), x[:4], moves=3, step_size=0.3, seed=1, draw=2
     )
-    other = langevin_negatives(
-        lambda y: y.square().square().sum(1), x, moves=3, delta=0.3, seed=1, draw=3
+    other = negatives(
+        lambda y: y.square().square().sum(1), x, moves=3, step_size=0.3, seed=1, draw=3
     )
     assert torch.equal(whole[:4], part) and not torch.equal(whole, other)
 
@@ -464,5 +468,5 @@ def test_bad_input_is_refused() -> None:
         sliced_score_matching(torch.sin, x0, probes=0)
     with pytest.raises(ShapeError, match="one energy per sample"):
         contrastive_divergence(lambda x: x, x0)
-    with pytest.raises(ArgumentError, match="delta = 0"):
-        contrastive_divergence(lambda x: x.sum(1), x0, delta=0.0)
+    with pytest.raises(ArgumentError, match="step_size = 0"):
+        contrastive_divergence(lambda x: x.sum(1), x0, step_size=0.0)

@@ -5,7 +5,7 @@ randomness from a source that the caller passes, by number. No stream is one tha
 from, by `GaussianMixture.sample` or `sample`, so that a seed may serve for both.
 """
 
-from scoresolve.objectives.contrastive import contrastive_divergence, langevin_negatives
+from scoresolve.objectives.contrastive import contrastive_divergence, negatives
 from scoresolve.objectives.denoising import (
     WEIGHTINGS,
     denoising_loss,
@@ -24,6 +24,6 @@ __all__ = [
     "denoising_loss",
     "denoising_score_matching",
     "implicit_score_matching",
-    "langevin_negatives",
+    "negatives",
     "sliced_score_matching",
 ]
