@@ -23,6 +23,7 @@ from scoresolve.plot import (
     animate_score,
     picture,
     plot_brownian,
+    plot_diagnostics,
     plot_flow,
     plot_four_points,
     plot_grids,
@@ -101,6 +102,16 @@ def test_four_points_are_found_again_with_the_exact_score() -> None:
     assert len(off) == 5
     assert max(value for title, value in off.items() if "exact" in title) < 0.1
     assert min(value for title, value in off.items() if "learned" in title) > 0.1
+
+
+def test_the_picture_of_mixing_says_what_the_diagnosis_says() -> None:
+    x = torch.zeros(6, 1, dtype=torch.float64)
+    chains = ss.run_chains(ss.targets.gaussian([0.0], 1.0), x=x, step_size=0.2, steps=64)
+    whole = ss.diagnose(chains)
+    shown = texts(plot_diagnostics(chains, shown=2))
+    assert f"one in {float(whole.autocorrelation_time):.1f} draws" in shown
+    assert f"R̂ {float(whole.rhat):.3f}" in shown
+    assert "2 of 6 chains" in shown
 
 
 def test_brownian_paths_say_how_many_stay_inside() -> None:

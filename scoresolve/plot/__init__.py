@@ -7,7 +7,7 @@ trajectories by the solvers themselves. Lines carry their own labels.
     picture("orders").savefig("orders.png")        save_picture("flow", "flow.gif")
 """
 
-from scoresolve.plot.chains import animate_chains, plot_chains
+from scoresolve.plot.chains import animate_chains, plot_chains, plot_diagnostics
 from scoresolve.plot.convergence import plot_grids, plot_orders, plot_strong_errors
 from scoresolve.plot.flows import plot_brownian, plot_flow, plot_paths, plot_score
 from scoresolve.plot.four_points import learn_four_points, plot_four_points
@@ -25,6 +25,7 @@ __all__ = [
     "picture",
     "plot_brownian",
     "plot_chains",
+    "plot_diagnostics",
     "plot_flow",
     "plot_four_points",
     "plot_grids",

@@ -1,4 +1,4 @@
-"""Markov chains on a density in the plane."""
+"""Markov chains: on a density in the plane, and how they mix."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from scoresolve.diagnostics import diagnose
 from scoresolve.errors import ShapeError, known_name
-from scoresolve.monte_carlo import run_chains
+from scoresolve.monte_carlo import Chains, run_chains
 from scoresolve.plot.motion import PAUSE, moving
 from scoresolve.plot.samples import shade_density
-from scoresolve.plot.style import INK, colour, label, new_figure
+from scoresolve.plot.style import COLOURS, FAINT, INK, colour, label, line, new_figure
 from scoresolve.targets import GaussianMixture
 
-__all__ = ["animate_chains", "plot_chains"]
+__all__ = ["animate_chains", "plot_chains", "plot_diagnostics"]
 
 KERNELS = {"ula": (0.05, 1), "mala": (0.05, 1), "baoab": (0.15, 1), "hmc": (0.15, 10)}
 """Kernels that are shown, their step sizes and the score calls of a step."""
@@ -105,3 +106,47 @@ def _shade(axes: Axes, mixture: GaussianMixture) -> None:
     axes.set_xlim(-reach, reach)
     axes.set_ylim(-reach, reach)
     axes.set_aspect("equal")
+
+
+def plot_diagnostics(chains: Chains, shown: int = 4) -> Figure:
+    """How the worst coordinate of some chains mixes.
+
+    Args:
+        chains: of `run_chains`, which kept its samples; at least 32 draws.
+        shown: chains whose trace is drawn, at least 1.
+
+    Returns:
+        A figure with three panels: traces, the mean autocorrelation over the lag, and the effective
+        samples of all chains so far, with R-hat, over the draws.
+
+    Raises:
+        ArgumentError, ShapeError, ScoresolveError: as `diagnose`.
+    """
+    whole = diagnose(chains)
+    assert chains.samples is not None
+    worst = int(whole.ess_bulk.flatten().argmin())
+    x = chains.samples.flatten(2)[..., worst][:, chains.ok].double().cpu()
+    figure, row = new_figure(11.0, 3.2, columns=3)
+    for i in range(min(shown, x.shape[1])):
+        row[0].plot(x[:, i], color=colour(i), linewidth=0.6)
+    label(row[0], "draw", f"coordinate {worst}", f"{shown} of {whole.chains} chains")
+
+    from arviz_stats.base import array_stats
+
+    tau = float(whole.autocorrelation_time.flatten()[worst])
+    lags = min(len(x) // 2, max(10, round(6 * tau)))
+    rho = array_stats.autocorr(x.mT.contiguous().numpy()).mean(0)[:lags]
+    row[1].axhline(0, color=FAINT, linewidth=1)
+    row[1].bar(range(lags), rho, color=COLOURS[0], width=0.8)
+    label(row[1], "lag", "autocorrelation", f"one in {tau:.1f} draws is independent")
+
+    parts = [len(x) * k // 8 for k in range(1, 9)]
+    found = [diagnose(x[:n]) for n in parts]
+    row[2].plot(parts, [float(part.ess_bulk) for part in found], **line(0))
+    for n, part in zip(parts[1::2], found[1::2], strict=True):
+        text = f"R̂ {float(part.rhat):.3f}"
+        row[2].annotate(
+            text, (n, float(part.ess_bulk)), (-4, 6), textcoords="offset points", ha="right", size=8
+        )
+    label(row[2], "draws", "effective samples", "of all chains together, so far")
+    return figure

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from matplotlib.animation import FuncAnimation, writers
 from matplotlib.figure import Figure
 
@@ -13,7 +14,8 @@ from scoresolve.digits import load_network
 from scoresolve.errors import ArgumentError, known_name
 from scoresolve.metrics import Method, class_mixture, compare
 from scoresolve.models import from_denoiser
-from scoresolve.plot.chains import animate_chains, plot_chains
+from scoresolve.monte_carlo import Chains, run_chains
+from scoresolve.plot.chains import animate_chains, plot_chains, plot_diagnostics
 from scoresolve.plot.convergence import plot_grids, plot_orders, plot_strong_errors
 from scoresolve.plot.flows import plot_brownian, plot_flow, plot_paths, plot_score
 from scoresolve.plot.four_points import plot_four_points
@@ -46,6 +48,11 @@ def _lobes() -> GaussianMixture:
     means = [[-1.6, -0.8], [1.4, -1.0], [0.2, 1.5]]
     covariances = [[[0.6, 0.3], [0.3, 0.5]], [[0.5, -0.2], [-0.2, 0.4]], [[0.8, 0.0], [0.0, 0.3]]]
     return GaussianMixture([0.4, 0.3, 0.3], means, covariances)
+
+
+def _mixing() -> Chains:
+    start = torch.zeros(50, 2, dtype=torch.float64)
+    return run_chains(_lobes(), x=start, kernel="mala", steps=1000, warmup=200)
 
 
 def _samples() -> Figure:
@@ -95,6 +102,10 @@ PICTURES: dict[str, Picture] = {
         "Langevin and Hamiltonian chains on a density; as GIF they spread over it",
         lambda: plot_chains(_lobes()),
         lambda: animate_chains(_lobes()),
+    ),
+    "mixing": Picture(
+        "traces, autocorrelation and effective samples of MALA on a density",
+        lambda: plot_diagnostics(_mixing()),
     ),
     "brownian": Picture("Brownian motion against its envelope sqrt(t)", plot_brownian),
     "samples": Picture("samples of a ring of Gaussians over its density", _samples),
