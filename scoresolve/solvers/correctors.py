@@ -152,7 +152,11 @@ class KernelCorrector(Corrector):
     """
 
     def __init__(
-        self, kernel: Kernel, moves: int = 1, nodes: int = 3, acceptance: float | None = None
+        self,
+        kernel: Kernel,
+        moves: int = 1,
+        nodes: int = 3,
+        acceptance: float | None = None,
     ) -> None:
         if kernel.copies > 1 or isinstance(kernel.step_size, Tensor):
             raise ArgumentError(f"{kernel.name!r}: give a kernel of single chains with one step")
