@@ -40,6 +40,7 @@ from scoresolve.kernels import (
     Target,
     Tilted,
     as_target,
+    get_kernel,
 )
 from scoresolve.kernels.base import checked_step
 from scoresolve.kernels.target import column
@@ -119,7 +120,7 @@ def annealed_langevin(
     times: Sequence[float] | Tensor,
     *,
     x: Tensor,
-    kernel: Kernel | None = None,
+    kernel: str | Kernel | None = None,
     steps: int = 100,
     nodes: int = 3,
     seed: int = 0,
@@ -153,7 +154,9 @@ def annealed_langevin(
     Source:
         Song and Ermon 2019 (1907.05600), algorithm 1; its step alpha_i is 2 h.
     """
-    chosen = kernel if kernel is not None else ULA(0.1)
+    if not isinstance(sde, GaussianSDE):
+        raise ArgumentError(f"noise levels are those of a Gaussian process, not of {sde}")
+    chosen = ULA(0.1) if kernel is None else get_kernel(kernel)
     levels = torch.as_tensor(times, dtype=torch.float64).flatten().tolist()
     inside = bool(levels) and levels[-1] > 0 and levels[0] <= sde.T
     if not inside or any(not a > b for a, b in itertools.pairwise(levels)):
@@ -176,7 +179,7 @@ def simulated_annealing(
     *,
     x: Tensor,
     base: Density | None = None,
-    kernel: Kernel | None = None,
+    kernel: str | Kernel | None = None,
     steps: int = 1,
     step_sizes: Sequence[float] | Tensor | None = None,
     seed: int = 0,
@@ -209,7 +212,7 @@ def simulated_annealing(
         Kirkpatrick, Gelatt, Vecchi 1983, "Optimization by simulated annealing", Science 220.
     """
     family = Tilted(None if base is None else as_target(base), as_target(f))
-    chosen = kernel if kernel is not None else HMC()
+    chosen = HMC() if kernel is None else get_kernel(kernel)
     levels, units = _tilted_units(betas, step_sizes)
     return _anneal(
         chosen,
@@ -231,7 +234,7 @@ def annealed_importance(
     betas: Sequence[float] | Tensor,
     *,
     x: Tensor,
-    kernel: Kernel | None = None,
+    kernel: str | Kernel | None = None,
     steps: int = 1,
     step_sizes: Sequence[float] | Tensor | None = None,
     seed: int = 0,
@@ -268,7 +271,7 @@ def annealed_importance(
     Source:
         Neal 2001, "Annealed importance sampling", Statistics and Computing 11 (physics/9803008).
     """
-    chosen = kernel if kernel is not None else HMC()
+    chosen = HMC() if kernel is None else get_kernel(kernel)
     if not chosen.adjusted:
         raise ArgumentError(
             f"{chosen.name!r} does not leave the densities invariant, which would bias log Z: "
@@ -292,25 +295,31 @@ def annealed_importance(
         as_noise(noise, seed),
         chunk,
         progress,
-        raise_on_failure,
+        False,
         {},
     )
     assert log_weights is not None
-    good = log_weights[out.ok]
+    # where the density of p is 0 a chain has the weight 0, and is as good as any
+    worthless = (log_weights == -math.inf) & (row_status(out.x) == Status.OK)
+    status = torch.where(worthless, int(Status.OK), out.status)
+    good = log_weights[status == Status.OK]
     n = len(good)
     log_z = float(good.logsumexp(0)) - math.log(n) if n else math.nan
     relative = (good - log_z).exp()
-    return ImportanceEstimate(
+    estimate = ImportanceEstimate(
         log_z=log_z,
         standard_error=float(relative.std() / math.sqrt(n)) if n > 1 else math.nan,
         effective_size=float(relative.sum() ** 2 / relative.square().sum()),
         log_weights=log_weights,
         x=out.x,
         acceptance=out.acceptance,
-        status=out.status,
+        status=status,
         nfe=out.nfe,
         calls=out.calls,
     )
+    if raise_on_failure and not bool((status == Status.OK).all()):
+        raise failure(estimate, status)
+    return estimate
 
 
 class _Levels(ABC):

@@ -65,7 +65,7 @@ def diagnose(chains: Chains | Tensor) -> Diagnostics:
 
     Args:
         chains: of `run_chains`, which kept its samples, or states [S, B, *event] of B chains.
-            Chains with a value that is not finite are left out.
+            Chains that failed or have a value that is not finite are left out.
 
     Returns:
         `Diagnostics`.
@@ -93,6 +93,8 @@ def diagnose(chains: Chains | Tensor) -> Diagnostics:
         )
     flat = samples.detach().flatten(2) if samples.ndim > 2 else samples.detach()[..., None]
     good = torch.isfinite(flat).all(2).all(0)
+    if isinstance(chains, Chains):
+        good = good & chains.ok.to(good.device)
     if not bool(good.any()):
         raise ArgumentError("every chain has values that are not finite: there is no diagnosis")
     values = flat[:, good].double().cpu().numpy()

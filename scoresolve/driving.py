@@ -195,6 +195,8 @@ class IntegratorEngine(Engine):
     ) -> None:
         if denoise and not isinstance(sde, GaussianSDE):
             raise ArgumentError(f"denoise= needs sigma(t), which {sde} does not have: leave it out")
+        if solver.sde is not None and solver.sde != sde:
+            raise ArgumentError(f"{solver.name!r} was made for {solver.sde}, not for {sde}")
         self.solver, self.sde, self.ends, self.denoise = solver, sde, ends, denoise
         self.width = width
 
@@ -343,11 +345,13 @@ def _joined(solutions: list[Solution], missing: int) -> dict[str, Any]:
 def split_cond(cond: dict[str, Any], part: slice | Tensor, batch: int) -> dict[str, Any]:
     """The rows `part` of every conditioning tensor whose first axis is the batch."""
     return {
-        name: value[part]
-        if isinstance(value, Tensor) and value.ndim and value.shape[0] == batch
-        else value
-        for name, value in cond.items()
+        name: value[part] if is_per_row(value, batch) else value for name, value in cond.items()
     }
+
+
+def is_per_row(value: object, batch: int) -> bool:
+    """Whether a condition is a tensor whose first axis is the batch."""
+    return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == batch
 
 
 def failure(result: object, status: Tensor) -> SolveError:

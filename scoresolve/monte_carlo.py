@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from scoresolve.driving import failure, split_cond, warn_of_dropout
+from scoresolve.driving import failure, is_per_row, split_cond, warn_of_dropout
 from scoresolve.errors import ArgumentError, Status, row_status, whole_number
 from scoresolve.kernels import (
     ChainNoise,
@@ -149,7 +149,15 @@ def run_chains(
     ) as bar:
         for begin in starts:
             part = slice(begin, begin + size)
-            target = as_target(score, t, nodes, **split_cond(cond, part, batch)).scaled(factor)
+            held = split_cond(cond, part, batch)
+            if chosen.copies > 1:  # the conditions of a chain are those of all its replicas
+                held = {
+                    name: value.repeat_interleave(chosen.copies, 0)
+                    if is_per_row(cond[name], batch)
+                    else value
+                    for name, value in held.items()
+                }
+            target = as_target(score, t, nodes, **held).scaled(factor)
             try:
                 parts.append(run(target, x[part], batch, part, source.rows(part), bar))
             except KeyboardInterrupt:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import scoresolve as ss
-from scoresolve.errors import ArgumentError, GridError, ShapeError, SolveError
-from scoresolve.kernels import BAOAB, HMC, MALA, ULA, Kernel, ParallelTempering
+from scoresolve.errors import ArgumentError, GridError, ShapeError, SolveError, Status
+from scoresolve.kernels import BAOAB, HMC, MALA, ULA, Kernel, ParallelTempering, Tilted, as_target
 
 F64 = torch.float64
 MIX = ss.GaussianMixture([1.0, 2.0], [[-1.5, 0.0], [1.5, 0.5]], [0.3, 0.2])
@@ -223,3 +223,37 @@ def test_bad_input_is_refused() -> None:
         ss.simulated_annealing(ENERGY, [1.0], x=x.half())
     with pytest.raises(ArgumentError, match="steps"):
         ss.simulated_annealing(ENERGY, [1.0], x=x, steps=0)
+
+
+def test_a_tilted_target_keeps_its_base_inside_another() -> None:
+    base = as_target(ss.targets.gaussian([0.0], 1.0))
+    wide = ss.targets.gaussian([0.0], 4.0)
+    slope = as_target(ss.from_energy(lambda x, t: -x[:, 0]))
+    estimate = ss.annealed_importance(
+        Tilted(base, slope), wide, torch.linspace(0, 1, 21), x=wide.sample(4000, seed=1)
+    )
+    assert abs(estimate.log_z - 0.5) < 4.5 * estimate.standard_error  # E exp(x) of N(0, 1)
+    assert estimate.standard_error < 0.03
+
+
+def box(x: Tensor, t: Tensor) -> Tensor:
+    """The energy of 1 on |x| < 1."""
+    return torch.where(x[:, 0].abs() < 1, 0.0, torch.inf) + 0 * x[:, 0]
+
+
+def test_chains_outside_the_support_weigh_nothing_and_count() -> None:
+    normal, inside = ss.targets.gaussian([0.0], 1.0), ss.from_energy(box)
+    estimate = ss.annealed_importance(inside, normal, [0.0, 1.0], x=normal.sample(4000), seed=2)
+    assert bool((estimate.status == Status.OK).all())
+    assert abs(estimate.log_z - math.log(2)) < 4.5 * estimate.standard_error
+    there = Tilted(as_target(normal), as_target(inside), 0.0)(torch.tensor([[3.0]]).double())
+    torch.testing.assert_close(there.log_prob, normal.log_prob(there.x))
+
+
+def test_annealing_takes_kernels_by_name_and_refuses_what_has_no_levels() -> None:
+    x = torch.zeros(4, 1, dtype=torch.float64)
+    energy = ss.from_energy(lambda x, t: x[:, 0] ** 2)
+    assert ss.simulated_annealing(energy, [1.0, 2.0], x=x, kernel="mala").ok.all()
+    langevin: Any = ss.Langevin(lambda x: -x)
+    with pytest.raises(ArgumentError, match="Gaussian process"):
+        ss.annealed_langevin(lambda x, t: -x, langevin, [0.5], x=x)

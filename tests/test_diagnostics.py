@@ -87,3 +87,13 @@ def test_bad_input_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "arviz_stats.base", None)
     with pytest.raises(ScoresolveError, match="mcmc"):
         ss.diagnose(torch.zeros(8, 2, 1))
+
+
+def test_failed_chains_are_left_out() -> None:
+    inside = ss.from_energy(
+        lambda x, t: torch.where(x[:, 0].abs() < 1, 0.0, torch.inf) + 0 * x[:, 0]
+    )
+    x = torch.tensor([[0.0], [0.1], [9e9], [0.2]], dtype=torch.float64)
+    chains = ss.run_chains(inside, x=x, kernel="mala", step_size=0.1, steps=40)
+    assert chains.ok.tolist() == [True, True, False, True]
+    assert ss.diagnose(chains).chains == 3

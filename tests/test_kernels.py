@@ -722,3 +722,31 @@ def test_a_corrector_may_follow_its_acceptance() -> None:
         ss.solvers.KernelCorrector(MALA(), acceptance=1.5)
     with pytest.raises(ArgumentError, match="single chains"):
         ss.solvers.KernelCorrector(ParallelTempering(MALA(), [1.0, 0.5]))
+
+
+@pytest.mark.parametrize("tempered", [False, True])
+def test_an_energy_in_double_serves_single_states(tempered: bool) -> None:
+    scale = torch.tensor([0.5], dtype=torch.float64)
+    energy = ss.from_energy(lambda x, t: scale * x.square().sum(1))
+    kernel = ParallelTempering(MALA(0.1), [1.0, 0.5]) if tempered else MALA(0.1)
+    chains = ss.run_chains(energy, x=torch.zeros(4, 2), kernel=kernel, steps=8, warmup=8)
+    assert chains.ok.all()
+    assert chains.x.dtype == torch.float32
+
+
+def test_replicas_have_the_conditions_of_their_chain() -> None:
+    centre = torch.tensor([[-9.0], [0.0], [9.0]], dtype=torch.float64)
+    energy = ss.from_energy(lambda x, t, centre: (x - centre).square().sum(1))
+    kernel = ParallelTempering(MALA(0.2), [1.0, 0.5])
+    for chunk in (None, 1):
+        chains = ss.run_chains(
+            energy, x=centre.clone(), kernel=kernel, steps=50, chunk=chunk, centre=centre
+        )
+        assert float((chains.x - centre).abs().max()) < 4
+
+
+def test_a_covariance_that_cannot_be_one_is_refused() -> None:
+    normal, x = ss.targets.gaussian([0.0], 1.0), torch.zeros(2, 1, dtype=torch.float64)
+    for bad in ([1.0], torch.tensor([math.inf])):
+        with pytest.raises(ArgumentError, match="covariance"):
+            ss.run_chains(normal, x=x, steps=1, covariance=bad)

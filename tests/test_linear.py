@@ -191,6 +191,31 @@ def test_a_call_limit_and_a_poisoned_row_are_told() -> None:
     assert float(short.t) > 0.5
 
 
+def test_long_and_stiff_transitions_keep_their_digits() -> None:
+    sde = LinearSDE([[0, 1.0], [-1, -10.0]], [0, 20**0.5], [0, 1.0], beta_min=4, beta_max=4)
+    phi, q = sde.transition(0.0, 1.0)
+    rest = sde.stationary - phi @ sde.stationary @ phi.mT
+    torch.testing.assert_close(q, rest, rtol=1e-11, atol=1e-12)
+    assert torch.isfinite(MIXTURE.score_model(sde).log_prob(torch.zeros(1, 2, 2), 1.0)).all()
+
+
+def test_density_of_samples_that_are_drawn_from_the_prior() -> None:
+    model = MIXTURE.score_model(CLD)
+    drawn = ss.sample_with_log_prob(model, CLD, (16, 2, 2), dtype=F64, solver="dopri5")
+    exact = model.log_prob(drawn.x, CLD.t_min)
+    torch.testing.assert_close(drawn.log_prob, exact, rtol=0, atol=5e-3)
+
+
+def test_a_splitting_of_another_process_is_refused() -> None:
+    other, again = CriticallyDampedLangevin(beta=20.0), CriticallyDampedLangevin()
+    model, shape = MIXTURE.score_model(CLD), (2, 2, 2)
+    with pytest.raises(ArgumentError, match="was made for"):
+        ss.sample(model, CLD, shape=shape, solver=SSCS(other, 10))
+    assert again == CLD
+    assert hash(again) == hash(CLD)
+    assert ss.sample(model, CLD, shape=shape, solver=SSCS(again, 10)).ok.all()
+
+
 @pytest.mark.parametrize(
     ("make", "named"),
     [

@@ -189,3 +189,14 @@ def test_bad_input_is_refused() -> None:
         tweedie(case.x, case.y, case.prior.covariance, case.noise)
     with pytest.raises(ShapeError, match="for D = 2"):
         ss.targets.ring().measured(torch.eye(3), 0.1)
+
+
+@pytest.mark.parametrize(
+    ("operator", "noise", "y"),
+    [((2, 2), (2, 2), (1,)), ((2, 2), (1, 1), (2,)), ((2, 3), (2, 2), (2,)), ((2,), (2, 2), (2,))],
+)
+def test_shapes_that_would_broadcast_are_refused(operator, noise, y) -> None:
+    prior = Moments(torch.zeros(2), torch.eye(2))
+    with pytest.raises(ShapeError):
+        a = torch.eye(*operator) if len(operator) == 2 else torch.ones(operator)
+        condition(prior, a, torch.eye(*noise), torch.ones(y))

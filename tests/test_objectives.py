@@ -18,7 +18,7 @@ from torch import Tensor
 import scoresolve as ss
 from scoresolve import objectives
 from scoresolve.errors import ArgumentError, ShapeError, UnknownNameError
-from scoresolve.kernels import HMC
+from scoresolve.kernels import HMC, MALA, ParallelTempering
 from scoresolve.models import PREDICTIONS, NetworkModel
 from scoresolve.noise import Philox
 from scoresolve.objectives import (
@@ -470,3 +470,14 @@ def test_bad_input_is_refused() -> None:
         contrastive_divergence(lambda x: x, x0)
     with pytest.raises(ArgumentError, match="step_size = 0"):
         contrastive_divergence(lambda x: x.sum(1), x0, step_size=0.0)
+
+
+def test_negatives_of_replicas_are_one_for_each_start() -> None:
+    x = torch.zeros(5, 2, dtype=torch.float64)
+    kernel = ParallelTempering(MALA(0.1), [1.0, 0.5])
+    assert negatives(lambda y: y.square().sum(1), x, kernel=kernel, moves=3).shape == x.shape
+
+
+def test_integers_have_no_score() -> None:
+    with pytest.raises(ArgumentError):
+        implicit_score_matching(lambda x: -x, torch.zeros(3, 2, dtype=torch.int64))

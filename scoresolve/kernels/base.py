@@ -158,5 +158,5 @@ def metropolis(
         change = new.log_prob - old.log_prob
     log_ratio = change + proposal_ratio
     accepted = noise.uniform(log_ratio).log() < log_ratio
-    probability = log_ratio.clamp(max=0.0).exp().nan_to_num(0.0)
+    probability = log_ratio.clamp(max=0.0).exp().nan_to_num(0.0).to(old.x.dtype)
     return ChainState(old.where(accepted, new), acceptance=probability, error=error)

@@ -134,16 +134,17 @@ class Target:
         return Point(u, self._pulled(score), log_prob)
 
     def _evaluated(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
-        """log pi and a score that no later call writes into."""
+        """log pi and the score at `x`, which no later call writes into."""
         log_prob, score = self.evaluate(x)
         check_output(score, x)
-        if self._calls == 0:
-            self._first, score = score, score.clone()
-        elif self._calls == 1 and self._first is not None:
+        first = self._calls == 0
+        if first:
+            self._first = score
+        elif self._first is not None:
             self._reuses_memory = score.data_ptr() == self._first.data_ptr()
             self._first = None
-        if self._reuses_memory:
-            score = score.clone()
+        if first or self._reuses_memory:
+            score, log_prob = score.clone(), None if log_prob is None else log_prob.clone()
         self._calls += 1
         return log_prob, score.to(x.dtype)
 
@@ -183,13 +184,13 @@ class Tilted(Target):
     def moved(self, point: Point, before: float | Tensor) -> Point:
         """A `point` of the member at beta = `before` as one of this member: no evaluation."""
         assert point.tilt is not None and point.tilt_score is not None
-        step = self.beta - before
-        if isinstance(step, Tensor):
-            score = torch.addcmul(point.score, column(step, point.x), point.tilt_score)
-        else:
-            score = point.score.add(point.tilt_score, alpha=step)
-        log_prob = None if point.log_prob is None else point.log_prob + step * point.tilt
-        return point._replace(score=score, log_prob=log_prob)
+        step = torch.as_tensor(self.beta - before, dtype=point.x.dtype, device=point.x.device)
+        still = step == 0  # there f does not count, be it infinite
+        pull = (column(step, point.x) * point.tilt_score).masked_fill(column(still, point.x), 0.0)
+        log_prob = point.log_prob
+        if log_prob is not None:
+            log_prob = log_prob + (step * point.tilt).masked_fill(still, 0.0)
+        return point._replace(score=point.score + pull, log_prob=log_prob)
 
     def _parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """log q, its score, f, its gradient."""
@@ -200,6 +201,12 @@ class Tilted(Target):
         log_q, score = self.base._evaluated(x)
         assert log_q is not None
         return log_q, score, f, gradient
+
+    def _evaluated(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
+        """log pi_beta and its score, for a family that is part of another."""
+        log_q, score, f, gradient = self._parts(x)
+        point = self.moved(Point(x, score, log_q, f, gradient), 0.0)
+        return point.log_prob, point.score
 
     def __call__(self, u: Tensor) -> Point:
         log_q, score, f, gradient = self._parts(self.place(u))
@@ -287,6 +294,8 @@ def factor_of(covariance: Tensor | None, x: Tensor) -> Tensor | None:
     """
     if covariance is None:
         return None
+    if not isinstance(covariance, Tensor) or not bool(torch.isfinite(covariance).all()):
+        raise ArgumentError("covariance is not a tensor of finite numbers")
     dimension = x.shape[1:].numel()
     if covariance.shape == x.shape[1:]:
         if not bool((covariance > 0).all()):

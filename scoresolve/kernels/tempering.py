@@ -97,7 +97,7 @@ class ParallelTempering(Kernel):
         origin[:, first] += exchanged.long()
         origin[:, first + 1] -= exchanged.long()
         rows = (origin + rungs * torch.arange(len(f), device=point.x.device)[:, None]).flatten()
-        probability = log_ratio.clamp(max=0.0).exp().nan_to_num(0.0)
+        probability = log_ratio.clamp(max=0.0).exp().nan_to_num(0.0).to(state.swaps.dtype)
         return state._replace(
             point=target.moved(point.rows(rows), beta[rows]),
             rounds=state.rounds + 1,

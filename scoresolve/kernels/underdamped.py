@@ -71,7 +71,8 @@ class Splitting(Kernel):
                 p = torch.addcmul(p, k, point.score)
             else:
                 c = torch.exp(-self.friction * k)
-                p = (c * p).addcmul_((1 - c * c).sqrt(), noise.normal(x))
+                kick = torch.expm1(-2 * self.friction * k).neg().sqrt()
+                p = (c * p).addcmul_(kick, noise.normal(x))
         return ChainState(point, momentum=p)
 
 

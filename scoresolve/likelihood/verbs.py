@@ -248,7 +248,7 @@ def sample_with_log_prob(
     """
     if (shape is None) == (x is None):
         raise ArgumentError("give either shape=[B, *event] or a start x=, not both")
-    if x is None and (prior is not None or not isinstance(sde, GaussianSDE)):
+    if x is None and (prior is not None or not sde.has_prior):
         law = f"{sde} has no prior to draw from" if prior is None else "a prior= is not drawn from"
         raise ArgumentError(f"{law}: give the start x=, and as prior= the law that it comes from")
     if x is not None and (dtype is not None or device is not None):
@@ -275,14 +275,17 @@ def sample_with_log_prob(
         progress,
         cond,
     )
-    way = task.way(math.prod(sizes[1:]), solver, x is None, cost, steps, nfe, grid)
+    own = isinstance(sde, GaussianSDE) and x is None
+    way = task.way(math.prod(sizes[1:]), solver, own, cost, steps, nfe, grid)
     warn_of_dropout(score)
     factory: dict[str, Any] = {"dtype": dtype, "device": device or device_of(score)}
     with torch.inference_mode(False), torch.no_grad():
         if x is None:
             start = task.source.normal(torch.empty(sizes, **factory), 0, Purpose.START)
-            if isinstance(way, Engine) and isinstance(sde, GaussianSDE):
-                start = start.mul_(sde.prior_std * prior_scale(sde, way.times[0]))
+            if isinstance(way, Engine):
+                start = sde.from_normals(start)
+                if isinstance(sde, GaussianSDE):
+                    start = start * prior_scale(sde, way.times[0])
         else:
             start = x.clone()
         result = task.solve(way, start, prior)

@@ -61,6 +61,7 @@ class Purpose(IntEnum):
     BROWNIAN = 6
     CHAIN = 7
     ACCEPT = 8
+    OBJECTIVE = 9
 
 
 class NoiseSource(ABC):

@@ -102,10 +102,10 @@ def negatives(
     """
     chosen, count = get_kernel(kernel, step_size), whole_number("moves", moves)
     target = chosen.bind(as_target(from_energy(lambda y, _: energy(y))), x)
-    numbers = ChainNoise(as_noise(noise, seed), draw * count, chosen.copies)
+    numbers = ChainNoise(as_noise(noise, seed), draw * (count + 1), chosen.copies)
     with torch.no_grad():
         h = chosen.step_sizes(len(x), slice(None), x)
         state = chosen.start(x.detach(), target, numbers)
         for _ in range(count):
             state = chosen.step(state, target, numbers, expand(h, x, h))
-    return state.point.x
+    return state.point.x[:: chosen.copies]

@@ -75,7 +75,8 @@ def denoising_score_matching(
         even: spread the times of the batch evenly, as `TimeLaw.draw`.
         data_std: s_d of the "edm" weighting, > 0.
         draw: number of the draw: with one seed, the number of the training step.
-        seed: of `Philox`, where `noise` is not given; row i of a draw depends on both and on i.
+        seed: of `Philox`, where `noise` is not given; row i of a draw depends on both and on i,
+            and its time, if they are even, on the batch.
         noise: source of randomness instead, or a `torch.Generator`.
         **cond: passed on to the model.
 
@@ -102,7 +103,7 @@ def denoising_score_matching(
             f"{target.high:g}]: give a proposal that is positive wherever the objective is"
         )
     source = as_noise(noise, seed)
-    z = source.normal(x0, draw, Purpose.CORRECTOR)
+    z = source.normal(x0, draw, Purpose.OBJECTIVE)
     t = law.draw(source, x0, draw, even)
     model = as_model(score, sde)
     time = t.to(torch.promote_types(x0.dtype, torch.float32))

@@ -19,6 +19,7 @@ from torch import Tensor
 from scoresolve.errors import whole_number
 from scoresolve.models import check_output
 from scoresolve.noise import NoiseSource, Purpose, as_noise
+from scoresolve.plans import check_state
 
 __all__ = ["implicit_score_matching", "sliced_score_matching"]
 
@@ -62,9 +63,9 @@ def implicit_score_matching(
         signs = _signs(x, probes, draw, as_noise(noise, seed))
         trace = torch.stack([_dot(product(v), v) for v in signs]).mean(0)
     else:
-        basis = torch.eye(x[0].numel()).to(x).reshape(-1, 1, *x.shape[1:])
+        basis = torch.eye(x.shape[1:].numel()).to(x).reshape(-1, 1, *x.shape[1:])
         trace = torch.stack([_dot(product(e.expand_as(x)), e) for e in basis]).sum(0)
-    return keep((trace + _dot(s, s) / 2) / x[0].numel())
+    return keep((trace + _dot(s, s) / 2) / x.shape[1:].numel())
 
 
 def sliced_score_matching(
@@ -99,13 +100,14 @@ def sliced_score_matching(
         return implicit_score_matching(score, x, probes=count, draw=draw, noise=source)
     s, product, keep = _differentiate(score, x)
     terms = [_dot(product(v), v) + _dot(s, v) ** 2 / 2 for v in _signs(x, count, draw, source)]
-    return keep(torch.stack(terms).mean(0) / x[0].numel())
+    return keep(torch.stack(terms).mean(0) / x.shape[1:].numel())
 
 
 def _differentiate(
     score: Score, x: Tensor
 ) -> tuple[Tensor, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
     """s at `x`, the map v to J^T v, and what is to be done with a result for the caller's mode."""
+    check_state(x)
     graph = torch.is_grad_enabled()
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()

@@ -127,7 +127,8 @@ def plot_diagnostics(chains: Chains, shown: int = 4) -> Figure:
     worst = int(whole.ess_bulk.flatten().argmin())
     x = chains.samples.flatten(2)[..., worst][:, chains.ok].double().cpu()
     figure, row = new_figure(11.0, 3.2, columns=3)
-    for i in range(min(shown, x.shape[1])):
+    shown = min(shown, whole.chains)
+    for i in range(shown):
         row[0].plot(x[:, i], color=colour(i), linewidth=0.6)
     label(row[0], "draw", f"coordinate {worst}", f"{shown} of {whole.chains} chains")
 

@@ -93,6 +93,18 @@ class LinearSDE(SDE):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.matrix.tolist()}, {self.noise.tolist()})"
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LinearSDE) and self._numbers == other._numbers
+
+    def __hash__(self) -> int:
+        return hash(self._numbers)
+
+    @property
+    def _numbers(self) -> tuple[float, ...]:
+        tensors = (self.matrix, self.noise, self.start_std)
+        numbers = (self.beta_min, self.beta_max, self.T, self.t_min)
+        return (*(v for each in tensors for v in each.flatten().tolist()), *numbers)
+
     @property
     def parts(self) -> int:
         """m."""
@@ -120,12 +132,14 @@ class LinearSDE(SDE):
 
     def diffusion(self, t: TimeLike) -> Tensor:
         """sqrt(beta) G's diagonal, [*t.shape, m]."""
-        return self.beta(t).sqrt()[..., None] * self.noise
+        beta = self.beta(t)
+        return beta.sqrt()[..., None] * self.noise.to(beta.device)
 
     def transition(self, s: TimeLike, t: TimeLike) -> tuple[Tensor, Tensor]:
         """Phi and Q of u_t | u_s, [*shape, m, m] float64, for s <= t."""
         b = self.clock(t).double() - self.clock(s).double()
-        return van_loan(self.matrix, self.noise, b)
+        phi, q = van_loan(self.matrix, self.noise, b.cpu())
+        return phi.to(b.device), q.to(b.device)
 
     def marginal(self, x0: Tensor, t: TimeLike) -> tuple[Tensor, Tensor]:
         """Mean and covariance of u_t given clean data.
@@ -144,7 +158,7 @@ class LinearSDE(SDE):
     def kernel(self, t: TimeLike) -> tuple[Tensor, Tensor]:
         """What the data are multiplied by in u_t, [*t.shape, m], and the covariance of the rest."""
         phi, q = self.transition(0.0, t)
-        start = phi * self.start_std
+        start = phi * self.start_std.to(phi.device)
         return phi[..., 0], q + start @ start.mT
 
     def from_normals(self, z: Tensor) -> Tensor:
@@ -227,7 +241,12 @@ def van_loan(matrix: Tensor, noise: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     block = torch.zeros(2 * m, 2 * m, dtype=torch.float64)
     block[:m, :m], block[m:, m:] = matrix, -matrix.mT
     block[:m, m:] = noise.square().diag()
-    whole = torch.linalg.matrix_exp(b[..., None, None] * block)
+    # F holds exp(|A| b) and Phi its inverse: over long lengths no digit of the product is left
+    longest = float(matrix.abs().sum(1).max() * b.max()) if b.numel() else 0.0
+    doublings = max(0, math.ceil(math.log2(max(longest, 1.0))))
+    whole = torch.linalg.matrix_exp((b / 2**doublings)[..., None, None] * block)
     phi = whole[..., :m, :m]
     q = whole[..., :m, m:] @ phi.mT
+    for _ in range(doublings):
+        q, phi = q + phi @ q @ phi.mT, phi @ phi
     return phi, (q + q.mT) / 2

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from scoresolve.noise import NoiseSource
-from scoresolve.sde import GaussianSDE
+from scoresolve.sde import SDE, GaussianSDE
 
 __all__ = ["GaussianFlow", "Integrator", "RowDrift", "Solution"]
 
@@ -75,6 +75,7 @@ class Integrator(ABC):
         source: paper or library.
         refills: whether `solve` keeps `width` rows in the batch, as long as some are waiting.
         max_calls: calls of the drift that `solve` may make.
+        sde: the process that it was made for; None if for any.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Integrator(ABC):
     source: str
     refills: bool = False
     max_calls: int = sys.maxsize
+    sde: SDE | None = None
 
     @abstractmethod
     def solve(

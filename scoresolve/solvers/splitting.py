@@ -40,6 +40,7 @@ class SSCS(Integrator):
 
     name, order, stochastic = "sscs", 1.0, True
     source = "Dockhorn et al. 2022 (2112.07068), section 3.2"
+    sde: LinearSDE
 
     def __init__(self, sde: LinearSDE, steps: int = 100) -> None:
         if not isinstance(sde, LinearSDE):
@@ -73,13 +74,13 @@ class SSCS(Integrator):
         y, rows = x.to(field.state_dtype), torch.arange(len(x))
         first, last = (float(self.sde.clock(t)) for t in (t_start, t_end))
         step = (first - last) / self.steps
-        half, whole = (self._at_rest(torch.tensor(b)) for b in (step / 2, step))
+        half, whole = (self._at_rest(b) for b in (step / 2, step))
         status, done = torch.full((len(x),), int(Status.OK), device=x.device), 0
         y = self._move(y, half, noise, 0)
         for number in range(self.steps):
             t = self.sde.time(first - (number + 0.5) * step)
             try:
-                velocity = field(y, field.times(torch.full((len(x),), t)), rows)
+                velocity = field(y, field.times(t).expand(len(x)), rows)
             except CallLimit:
                 status.fill_(int(Status.CALL_LIMIT))
                 break
@@ -88,15 +89,15 @@ class SSCS(Integrator):
             y = self._move(y, half if done == self.steps else whole, noise, done)
         failed = row_status(y) != Status.OK
         status = torch.where(failed, int(Status.NONFINITE), status)
-        reached = t_end if done == self.steps else self.sde.time(first - done * step)
+        reached = t_end if done == self.steps else self.sde.time(first - (done + 0.5) * step)
         times = torch.full((len(x),), reached, dtype=torch.float64, device=x.device)
         taken = torch.full_like(status, done)
         calls = field.evaluations.to(x.device)
         return Solution(y.to(x.dtype), times, status, field.calls, taken, 0 * taken, calls)
 
-    def _at_rest(self, b: Tensor) -> tuple[Tensor, Tensor]:
+    def _at_rest(self, b: float) -> tuple[Tensor, Tensor]:
         """Transition of du = R u db + G dw over b, and a factor of its covariance."""
-        phi, q = van_loan(self.rest, self.sde.noise, b.double())
+        phi, q = van_loan(self.rest, self.sde.noise, torch.tensor(b, dtype=torch.float64))
         return phi, torch.linalg.cholesky(q)
 
     def _move(

@@ -64,8 +64,7 @@ class LinearMixtureModel(Model):
             raise UnknownNameError("prediction", prediction, ("score", "flow"))
         logits, solved = self._components(x, t)
         weights = logits.softmax(0)[..., None, None]
-        along = -(weights * solved).to(self.vectors)
-        score = torch.einsum("kbmd,ked->bme", along, self.vectors)
+        score = torch.einsum("kbmd,ked->bme", -weights * solved, self.vectors.to(x.device))
         return score.reshape(x.shape).to(x.dtype)
 
     def log_prob(self, x: Tensor, t: TimeLike) -> Tensor:

@@ -70,7 +70,16 @@ def marginal(prior: Moments, operator: Tensor, noise: Tensor) -> Moments:
 
     Returns:
         Mean [*K, M] and covariance [*K, M, M].
+
+    Raises:
+        ShapeError: A or R has another shape.
     """
+    rows, columns = operator.shape[-2:] if operator.ndim > 1 else (0, 0)
+    if columns != prior.mean.shape[-1] or noise.shape[-2:] != (rows, rows):
+        raise ShapeError(
+            f"A of shape {tuple(operator.shape)} and R of shape {tuple(noise.shape)} for "
+            f"D = {prior.mean.shape[-1]}: give [M, D] and [M, M]"
+        )
     covariance = operator @ prior.covariance @ operator.mT + noise
     return Moments(_apply(operator, prior.mean), covariance)
 
@@ -99,10 +108,13 @@ def condition(prior: Moments, operator: Tensor, noise: Tensor, y: Tensor) -> Con
 
     Raises:
         ArgumentError: S is singular to rounding.
+        ShapeError: as in `marginal`, or y has another shape.
     """
     predicted, cross = marginal(prior, operator, noise), operator @ prior.covariance
     factor = _factor(predicted.covariance)
     gain = torch.cholesky_solve(cross, factor).mT
+    if y.shape[-1:] != predicted.mean.shape[-1:]:
+        raise ShapeError(f"y of shape {tuple(y.shape)}: give [{predicted.mean.shape[-1]}]")
     residual = y - predicted.mean
     kept = torch.eye(prior.mean.shape[-1]).to(gain) - gain @ operator
     return Conditioned(
