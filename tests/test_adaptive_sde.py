@@ -263,7 +263,7 @@ CASES = [
 def test_samples_of_one_seed_approach_the_exact_solution_with_order_one_all_the_way(
     kind: type[Adaptive], sde: Any, v: float
 ) -> None:
-    x, times = start(sde, 40, 2, variance=v), (0.01 * sde.T, sde.t_min)
+    x, times = start(sde, 24, 2, variance=v), (0.01 * sde.T, sde.t_min)
     solve = exact_from_snr if kind is AdaptiveSDE else exact_from_time
     exact = [solve(sde, v, x, 8, t) for t in times]
     unit, found = [spread(sde, v, t) for t in times], []
