@@ -12,7 +12,7 @@ settings.register_profile(
     "scoresolve",
     derandomize=True,
     deadline=None,
-    max_examples=25,
+    max_examples=16,
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("scoresolve")

@@ -14,19 +14,19 @@ from scoresolve.plans import Linear, Run
 from scoresolve.solvers import REGISTRY, DPMSolverPP, EulerMaruyama, Solver, get_solver
 
 FIXED = [name for name in REGISTRY if isinstance(get_solver(name), Solver)]
-COARSE = (32, 64, 128, 256)
+COARSE, FINE = (32, 64, 128, 256), (64, 128, 256, 512)
 
 
 @pytest.mark.parametrize("name", REGISTRY)
 def test_every_registered_solver_passes(name: str) -> None:
-    certificate = certify(name)
+    certificate = certify(name, refinements=FINE)
     assert certificate.passed, str(certificate)
 
 
 @pytest.mark.parametrize("sde", [ss.RectifiedFlow(), ss.EDM(), ss.SubVP()], ids=repr)
 @pytest.mark.parametrize("name", ["euler", "heun", "ab3_v", "dpmpp_2m", "ddpm", "stochastic_heun"])
 def test_certificates_hold_on_other_processes(name: str, sde: ss.GaussianSDE) -> None:
-    certificate = certify(name, sde)
+    certificate = certify(name, sde, refinements=FINE)
     assert certificate.passed, str(certificate)
 
 
