@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from scoresolve.driving import failure, split_cond, warn_of_dropout
+from scoresolve.driving import failure, in_chunks, rejoined, split_cond, warn_of_dropout
 from scoresolve.errors import (
     ArgumentError,
     GridError,
@@ -42,13 +42,12 @@ from scoresolve.kernels import (
     as_target,
     get_kernel,
 )
-from scoresolve.kernels.base import checked_step
-from scoresolve.kernels.target import column
+from scoresolve.kernels.base import chain_status, check_chains, checked_step
+from scoresolve.kernels.target import Density, column
 from scoresolve.models import Model
 from scoresolve.noise import NoiseSource, as_noise
 from scoresolve.plans import check_state
 from scoresolve.sde import GaussianSDE
-from scoresolve.targets import GaussianMixture
 
 __all__ = [
     "Annealed",
@@ -58,7 +57,6 @@ __all__ = [
     "simulated_annealing",
 ]
 
-Density = Target | GaussianMixture | Model | Callable[..., Tensor]
 Noise = NoiseSource | torch.Generator | Callable[..., Tensor] | None
 
 
@@ -168,9 +166,8 @@ def annealed_langevin(
 
     warn_of_dropout(score)
     source = as_noise(noise, seed)
-    return _anneal(chosen, make, units, steps, x, source, chunk, progress, raise_on_failure, cond)[
-        0
-    ]
+    out, _ = _anneal(chosen, make, units, steps, x, source, chunk, progress, raise_on_failure, cond)
+    return out
 
 
 def simulated_annealing(
@@ -214,7 +211,7 @@ def simulated_annealing(
     family = Tilted(None if base is None else as_target(base), as_target(f))
     chosen = HMC() if kernel is None else get_kernel(kernel)
     levels, units = _tilted_units(betas, step_sizes)
-    return _anneal(
+    out, _ = _anneal(
         chosen,
         lambda _: _Temperatures(chosen, family, levels),
         units,
@@ -225,7 +222,8 @@ def simulated_annealing(
         progress,
         raise_on_failure,
         {},
-    )[0]
+    )
+    return out
 
 
 def annealed_importance(
@@ -300,8 +298,8 @@ def annealed_importance(
     )
     assert log_weights is not None
     # where the density of p is 0 a chain has the weight 0, and is as good as any
-    worthless = (log_weights == -math.inf) & (row_status(out.x) == Status.OK)
-    status = torch.where(worthless, int(Status.OK), out.status)
+    stuck = (out.status == Status.NONFINITE) & (row_status(out.x) == Status.OK)
+    status = torch.where(stuck & (log_weights == -math.inf), int(Status.OK), out.status)
     good = log_weights[status == Status.OK]
     n = len(good)
     log_z = float(good.logsumexp(0)) - math.log(n) if n else math.nan
@@ -437,10 +435,7 @@ def _solve(
         interrupted = True
     assert state is not None
     point = state.point
-    status = row_status(point.x)
-    if kernel.adjusted:  # a chain that cannot be accepted anywhere has not moved
-        status = status | row_status(point.score)
-        status = status if point.log_prob is None else status | row_status(point.log_prob)
+    status = chain_status(kernel, point)
     return _Part(
         x=point.x.clone(),
         value=point.tilt,
@@ -464,47 +459,29 @@ def _anneal(
     cond: dict[str, Any],
 ) -> tuple[Annealed, Tensor | None]:
     """All chunks, and their log-weights; `make` gives a chunk its levels."""
-    check_state(x)
-    if x.dtype not in (torch.float32, torch.float64):
-        raise ArgumentError(f"x is {x.dtype}: chains need float32 or float64")
+    check_chains(x)
     if kernel.copies > 1:
         raise ArgumentError(f"{kernel.name!r} has temperatures of its own: give its kernel")
     batch, steps = len(x), whole_number("steps", steps)
-    size = max(1, batch if chunk is None else min(whole_number("chunk", chunk), batch))
-    starts, parts = range(0, max(batch, 1), size), list[_Part]()
-    total = len(starts) * len(units) * steps
-    with tqdm(total=total, disable=None if progress else True, unit="step") as bar:
-        for begin in starts:
-            rows = slice(begin, begin + size)
-            levels = make(split_cond(cond, rows, batch))
-            h = kernel.step_sizes(batch, rows, x[rows])
-            numbers = source.rows(rows)
-            try:
-                parts.append(_solve(kernel, levels, units, steps, x[rows], h, numbers, bar))
-            except KeyboardInterrupt:
-                if not parts:
-                    raise
-                break
-            if bool((parts[-1].status == int(Status.INTERRUPTED)).any()):
-                break
 
-    def join(pieces: list[Any], dim: int = 0) -> Any:
-        if pieces[0] is None:
-            return None
-        whole = torch.cat(pieces, dim)
-        shape = list(whole.shape)
-        shape[dim] = batch - shape[dim]
-        fill = torch.nan if whole.is_floating_point() else int(Status.INTERRUPTED)
-        return torch.cat([whole, whole.new_full(shape, fill)], dim) if shape[dim] else whole
+    def solve(rows: slice, bar: tqdm[object]) -> _Part:
+        levels, h = make(split_cond(cond, rows, batch)), kernel.step_sizes(batch, rows, x[rows])
+        return _solve(kernel, levels, units, steps, x[rows], h, source.rows(rows), bar)
+
+    parts = in_chunks(solve, batch, chunk, len(units) * steps, progress)
+
+    def join(name: str, dim: int = 0) -> Any:
+        pieces = [getattr(part, name) for part in parts]
+        return None if pieces[0] is None else rejoined(pieces, batch, dim, int(Status.INTERRUPTED))
 
     result = Annealed(
-        x=join([part.x for part in parts]),
-        value=join([part.value for part in parts]),
-        acceptance=join([part.acceptance for part in parts], 1),
-        status=join([part.status for part in parts]),
+        x=join("x"),
+        value=join("value"),
+        acceptance=join("acceptance", 1),
+        status=join("status"),
         nfe=max(part.calls for part in parts),
         calls=sum(part.calls for part in parts),
     )
     if raise_on_failure and not bool(result.ok.all()):
         raise failure(result, result.status)
-    return result, join([part.log_weights for part in parts])
+    return result, join("log_weights")

@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -266,6 +266,58 @@ class IntegratorEngine(Engine):
         return Part(x, status.index_fill(0, left, int(why)), calls, evaluations, solution)
 
 
+class _Told(Protocol):
+    """A part of a result, with one `Status` per sample."""
+
+    @property
+    def status(self) -> Tensor: ...
+
+
+Told = TypeVar("Told", bound=_Told)
+
+
+def in_chunks(
+    solve: Callable[[slice, tqdm[object]], Told],
+    batch: int,
+    chunk: int | None,
+    steps: int,
+    progress: bool,
+) -> list[Told]:
+    """What `solve` makes of the rows of each chunk; an interrupt keeps what is done.
+
+    Args:
+        solve: from the rows of a chunk and the bar, which it moves on.
+        batch: samples, >= 0; of none there is one empty chunk.
+        chunk: samples at a time; all if omitted.
+        steps: of the bar, for each chunk.
+        progress: whether the bar is shown.
+
+    Raises:
+        KeyboardInterrupt: nothing is done yet.
+    """
+    size = max(1, batch if chunk is None else min(whole_number("chunk", chunk), batch))
+    starts, parts = range(0, max(batch, 1), size), list[Told]()
+    with tqdm(total=steps * len(starts), disable=None if progress else True, unit="step") as bar:
+        try:
+            for begin in starts:
+                parts.append(solve(slice(begin, begin + size), bar))
+                if bool((parts[-1].status == int(Status.INTERRUPTED)).any()):
+                    break
+        except KeyboardInterrupt:
+            if not parts:
+                raise
+    return parts
+
+
+def rejoined(pieces: Sequence[Tensor], batch: int, dim: int = 0, fill: int = 0) -> Tensor:
+    """The chunks along `dim`; where samples were left out NaN, or `fill` among integers."""
+    whole = pieces[0] if len(pieces) == 1 else torch.cat([*pieces], dim)
+    short = list(whole.shape)
+    short[dim] = batch - short[dim]
+    left = torch.nan if whole.is_floating_point() else fill
+    return torch.cat([whole, whole.new_full(short, left)], dim) if short[dim] else whole
+
+
 def drive(
     engine: Engine,
     model: Model,
@@ -282,62 +334,40 @@ def drive(
     `spent` are the calls made before, which count.
     """
     batch = start.batch
-    size = batch if chunk is None else min(whole_number("chunk", chunk), batch)
-    parts: list[Part] = []
-    first = range(0, batch, size) if batch else range(1)
-    total = engine.steps * len(first)
-    with tqdm(total=total, disable=None if progress else True, unit="step") as bar:
-        try:
-            for begin in first:
-                part = slice(begin, begin + size)
-                split = split_cond(cond, part, batch)
-                parts.append(engine.solve(model, start.rows(part), source.rows(part), bar, split))
-                if bool((parts[-1].status == int(Status.INTERRUPTED)).any()):
-                    break
-        except KeyboardInterrupt:
-            if not parts:
-                raise
-    x = torch.cat([part.x for part in parts])
-    status = torch.cat([part.status for part in parts])
-    evaluations = spent + torch.cat([part.evaluations for part in parts])
-    if missing := batch - x.shape[0]:
-        x = torch.cat([x, x.new_full((missing, *x.shape[1:]), torch.nan)])
-        status = torch.cat([status, status.new_full((missing,), int(Status.INTERRUPTED))])
-        evaluations = torch.cat([evaluations, evaluations.new_zeros(missing)])
+
+    def solve(part: slice, bar: tqdm[object]) -> Part:
+        split = split_cond(cond, part, batch)
+        return engine.solve(model, start.rows(part), source.rows(part), bar, split)
+
+    parts = in_chunks(solve, batch, chunk, engine.steps, progress)
+    status = rejoined([part.status for part in parts], batch, fill=int(Status.INTERRUPTED))
+    evaluations = rejoined([spent + part.evaluations for part in parts], batch)
     solutions = [part.solution for part in parts if part.solution is not None]
     result = Samples(
-        x,
+        rejoined([part.x for part in parts], batch),
         status,
         int(evaluations.max()) if batch else spent + max(part.calls for part in parts),
         engine.times,
         engine.plan,
         calls=spent + sum(part.calls for part in parts),
         rows=int(evaluations.sum()),
-        **_joined(solutions, missing),
+        **_joined(solutions, batch),
     )
     if raise_on_failure and not bool(result.ok.all()):
         raise failure(result, status)
     return result
 
 
-def _joined(solutions: list[Solution], missing: int) -> dict[str, Any]:
+def _joined(solutions: list[Solution], batch: int) -> dict[str, Any]:
     """What adaptive solvers tell beside the samples, for the chunks together."""
     if not solutions:
         return {}
-
-    def rows(parts: list[Tensor], dim: int = 0) -> Tensor:
-        x = torch.cat(parts, dim)
-        short = list(x.shape)
-        short[dim] = missing
-        fill = torch.nan if x.is_floating_point() else 0
-        return torch.cat([x, x.new_full(short, fill)], dim) if missing else x
-
     saved = [one.saved for one in solutions if one.saved is not None]
     return {
-        "t": rows([one.t for one in solutions]),
-        "accepted": rows([one.accepted for one in solutions]),
-        "rejected": rows([one.rejected for one in solutions]),
-        "saved": rows(saved, 1) if saved else None,
+        "t": rejoined([one.t for one in solutions], batch),
+        "accepted": rejoined([one.accepted for one in solutions], batch),
+        "rejected": rejoined([one.rejected for one in solutions], batch),
+        "saved": rejoined(saved, batch, 1) if saved else None,
         "path": solutions[0].path if len(solutions) == 1 else None,
     }
 
@@ -345,13 +375,11 @@ def _joined(solutions: list[Solution], missing: int) -> dict[str, Any]:
 def split_cond(cond: dict[str, Any], part: slice | Tensor, batch: int) -> dict[str, Any]:
     """The rows `part` of every conditioning tensor whose first axis is the batch."""
     return {
-        name: value[part] if is_per_row(value, batch) else value for name, value in cond.items()
+        name: value[part]
+        if isinstance(value, Tensor) and value.ndim and value.shape[0] == batch
+        else value
+        for name, value in cond.items()
     }
-
-
-def is_per_row(value: object, batch: int) -> bool:
-    """Whether a condition is a tensor whose first axis is the batch."""
-    return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == batch
 
 
 def failure(result: object, status: Tensor) -> SolveError:

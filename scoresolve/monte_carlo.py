@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from scoresolve.driving import failure, is_per_row, split_cond, warn_of_dropout
-from scoresolve.errors import ArgumentError, Status, row_status, whole_number
+from scoresolve.driving import failure, in_chunks, rejoined, split_cond, warn_of_dropout
+from scoresolve.errors import Status, whole_number
 from scoresolve.kernels import (
     ChainNoise,
     ChainState,
@@ -27,11 +27,9 @@ from scoresolve.kernels import (
     as_target,
     get_kernel,
 )
-from scoresolve.kernels.target import column, factor_of
-from scoresolve.models import Model
+from scoresolve.kernels.base import chain_status, check_chains
+from scoresolve.kernels.target import Density, column, factor_of
 from scoresolve.noise import NoiseSource, as_noise
-from scoresolve.plans import check_state
-from scoresolve.targets import GaussianMixture
 
 __all__ = ["Chains", "run_chains"]
 
@@ -74,7 +72,7 @@ class Chains:
 
 
 def run_chains(
-    score: Target | GaussianMixture | Model | Callable[..., Tensor],
+    score: Density,
     *,
     x: Tensor,
     kernel: str | Kernel = "mala",
@@ -131,42 +129,22 @@ def run_chains(
     >>> chains.samples.shape, chains.nfe
     (torch.Size([50, 100, 2]), 101)
     """
-    check_state(x)
-    if x.dtype not in (torch.float32, torch.float64):
-        raise ArgumentError(f"x is {x.dtype}: chains need float32 or float64")
+    check_chains(x)
     chosen = get_kernel(kernel, step_size)
     steps, warmup = whole_number("steps", steps), whole_number("warmup", warmup, least=0)
     thin = whole_number("thin", thin, most=steps)
-    batch = len(x)
-    size = max(1, batch if chunk is None else min(whole_number("chunk", chunk), batch))
+    batch, rows = len(x), torch.arange(len(x))
     factor, source = factor_of(covariance, x), as_noise(noise, seed)
     warn_of_dropout(score)
     run = _Run(chosen, steps, warmup, thin if keep else None)
-    parts = []
-    starts = range(0, batch, size) if batch else range(1)
-    with tqdm(
-        total=(steps + warmup) * len(starts), disable=None if progress else True, unit="step"
-    ) as bar:
-        for begin in starts:
-            part = slice(begin, begin + size)
-            held = split_cond(cond, part, batch)
-            if chosen.copies > 1:  # the conditions of a chain are those of all its replicas
-                held = {
-                    name: value.repeat_interleave(chosen.copies, 0)
-                    if is_per_row(cond[name], batch)
-                    else value
-                    for name, value in held.items()
-                }
-            target = as_target(score, t, nodes, **held).scaled(factor)
-            try:
-                parts.append(run(target, x[part], batch, part, source.rows(part), bar))
-            except KeyboardInterrupt:
-                if not parts:
-                    raise
-                break
-            if bool((parts[-1].status == int(Status.INTERRUPTED)).any()):
-                break
-    result = _joined(parts, x)
+
+    def solve(part: slice, bar: tqdm[object]) -> Chains:
+        # the conditions of a chain are those of all its replicas
+        held = split_cond(cond, rows[part].repeat_interleave(chosen.copies), batch)
+        target = as_target(score, t, nodes, **held).scaled(factor)
+        return run(target, x[part], batch, part, source.rows(part), bar)
+
+    result = _joined(in_chunks(solve, batch, chunk, steps + warmup, progress), batch)
     if raise_on_failure and not bool(result.ok.all()):
         raise failure(result, result.status)
     return result
@@ -250,12 +228,7 @@ class _Run:
     ) -> Chains:
         kernel, point, rungs = self.kernel, state.point, self.kernel.copies
         x = target.place(point.x[::rungs])
-        status = row_status(x)
-        if kernel.adjusted:  # a chain that cannot be accepted anywhere has not moved
-            stuck = row_status(point.score[::rungs]) | row_status(
-                x.new_zeros(len(x)) if point.log_prob is None else point.log_prob[::rungs]
-            )
-            status = status | stuck
+        status = chain_status(kernel, point)[::rungs]
         if interrupted:
             status = torch.full_like(status, int(Status.INTERRUPTED))
 
@@ -276,28 +249,22 @@ class _Run:
         )
 
 
-def _joined(parts: list[Chains], x: Tensor) -> Chains:
+def _joined(parts: list[Chains], batch: int) -> Chains:
     """The chunks as one result; chains that an interrupt left out are NaN and say so."""
 
-    def rows(pieces: list[Any], dim: int = 0) -> Any:
-        if pieces[0] is None:
-            return None
-        whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
-        shape = list(whole.shape)
-        shape[dim] = len(x) - shape[dim]
-        return torch.cat([whole, whole.new_full(shape, torch.nan)], dim) if shape[dim] else whole
+    def rows(name: str, dim: int = 0, fill: int = 0) -> Any:
+        pieces = [getattr(part, name) for part in parts]
+        return None if pieces[0] is None else rejoined(pieces, batch, dim, fill)
 
-    status = torch.cat([part.status for part in parts])
-    left = status.new_full((len(x) - len(status),), int(Status.INTERRUPTED))
     return Chains(
-        x=rows([part.x for part in parts]),
-        samples=rows([part.samples for part in parts], 1),
-        log_prob=rows([part.log_prob for part in parts]),
-        acceptance=rows([part.acceptance for part in parts]),
-        acceptance_error=rows([part.acceptance_error for part in parts]),
-        step_size=rows([part.step_size for part in parts]),
-        swap_rates=rows([part.swap_rates for part in parts]),
-        status=torch.cat([status, left]),
+        x=rows("x"),
+        samples=rows("samples", 1),
+        log_prob=rows("log_prob"),
+        acceptance=rows("acceptance"),
+        acceptance_error=rows("acceptance_error"),
+        step_size=rows("step_size"),
+        swap_rates=rows("swap_rates"),
+        status=rows("status", fill=int(Status.INTERRUPTED)),
         nfe=max(part.nfe for part in parts),
         calls=sum(part.calls for part in parts),
     )

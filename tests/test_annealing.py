@@ -257,3 +257,20 @@ def test_annealing_takes_kernels_by_name_and_refuses_what_has_no_levels() -> Non
     langevin: Any = ss.Langevin(lambda x: -x)
     with pytest.raises(ArgumentError, match="Gaussian process"):
         ss.annealed_langevin(lambda x, t: -x, langevin, [0.5], x=x)
+
+
+def test_an_interrupt_is_told_of_chains_outside_the_support_too() -> None:
+    calls = 0
+
+    def interrupted(x: Tensor, t: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return box(x, t)
+
+    normal = ss.targets.gaussian([0.0], 1.0)
+    x, betas = normal.sample(20), torch.linspace(0, 1, 9)
+    estimate = ss.annealed_importance(ss.from_energy(interrupted), normal, betas, x=x)
+    assert bool((estimate.log_weights == -math.inf).any())
+    assert bool((estimate.status == Status.INTERRUPTED).all())

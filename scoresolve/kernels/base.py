@@ -15,12 +15,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from scoresolve.errors import ArgumentError, ShapeError, real_number
+from scoresolve.errors import ArgumentError, ShapeError, real_number, row_status
 from scoresolve.kernels.line import line_integral
 from scoresolve.kernels.target import Point, Target
 from scoresolve.noise import NoiseSource, Purpose
+from scoresolve.plans import check_state
 
-__all__ = ["ChainNoise", "ChainState", "Kernel", "StepSize", "checked_step", "metropolis"]
+__all__ = [
+    "ChainNoise",
+    "ChainState",
+    "Kernel",
+    "StepSize",
+    "chain_status",
+    "check_chains",
+    "checked_step",
+    "metropolis",
+]
 
 StepSize = float | Tensor
 _BLOCK = 64  # uniform numbers of a chain made at a time
@@ -122,6 +132,22 @@ class Kernel(ABC):
     @abstractmethod
     def step(self, state: ChainState, target: Target, noise: ChainNoise, h: Tensor) -> ChainState:
         """The state after one step of sizes `h` [B, 1, ...]; nothing is written in place."""
+
+
+def check_chains(x: Tensor) -> None:
+    """Raise unless `x` is a state of chains, [B, *event] in float32 or float64."""
+    check_state(x)
+    if x.dtype not in (torch.float32, torch.float64):
+        raise ArgumentError(f"x is {x.dtype}: chains need float32 or float64")
+
+
+def chain_status(kernel: Kernel, point: Point) -> Tensor:
+    """How chains ended at a point: one that can be accepted nowhere has not moved, and failed."""
+    status = row_status(point.x)
+    if not kernel.adjusted:
+        return status
+    status = status | row_status(point.score)
+    return status if point.log_prob is None else status | row_status(point.log_prob)
 
 
 def checked_step(step_size: object) -> StepSize:

@@ -19,7 +19,17 @@ from scoresolve.models import Model, check_output
 from scoresolve.plans import model_time
 from scoresolve.targets import GaussianMixture
 
-__all__ = ["Geometric", "Point", "Target", "Tilted", "as_target", "column", "factor_of", "inner"]
+__all__ = [
+    "Density",
+    "Geometric",
+    "Point",
+    "Target",
+    "Tilted",
+    "as_target",
+    "column",
+    "factor_of",
+    "inner",
+]
 
 Evaluate = Callable[[Tensor], tuple[Tensor | None, Tensor]]
 
@@ -231,8 +241,12 @@ class Geometric(Tilted):
         return log_q, score, log_p - log_q, gradient - score
 
 
+Density = Target | GaussianMixture | Model | Callable[..., Tensor]
+"""What `as_target` takes."""
+
+
 def as_target(
-    score: Target | GaussianMixture | Model | Callable[..., Tensor],
+    score: Density,
     t: float | None = None,
     nodes: int = 3,
     **cond: Any,

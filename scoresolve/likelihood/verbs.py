@@ -228,7 +228,7 @@ def sample_with_log_prob(
     Args:
         score, sde, solver, cost, steps, nfe, trace: as in `log_likelihood`; and so are
         probes, mode, seed, noise, chunk, progress, raise_on_failure, cond: see there.
-        shape: [B, *event], to start from the prior of a Gaussian process; or
+        shape: [B, *event], to start from the prior of the process; or
         x: the states at `t_start`, [B, *event]; it is not written into. "auto" is then "dopri5".
         prior: the law that `x` was drawn from, a distribution or a log-density over [B, *event];
             the process's own if omitted.

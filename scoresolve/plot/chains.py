@@ -5,15 +5,14 @@ from __future__ import annotations
 import torch
 from matplotlib.animation import FuncAnimation
 from matplotlib.artist import Artist
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from scoresolve.diagnostics import diagnose
-from scoresolve.errors import ShapeError, known_name
+from scoresolve.errors import known_name
 from scoresolve.monte_carlo import Chains, run_chains
 from scoresolve.plot.motion import PAUSE, moving
-from scoresolve.plot.samples import shade_density
+from scoresolve.plot.samples import shade_plane
 from scoresolve.plot.style import COLOURS, FAINT, INK, colour, label, line, new_figure
 from scoresolve.targets import GaussianMixture
 
@@ -42,8 +41,8 @@ def plot_chains(
     """
     figure, row = new_figure(0.4 + 2.8 * len(KERNELS), 3.2, columns=len(KERNELS), share=True)
     for axes, name in zip(row, KERNELS, strict=True):
+        shade_plane(axes, mixture)
         states, spent = _states(mixture, name, chains, calls, seed)
-        _shade(axes, mixture)
         for i in range(chains):
             axes.plot(*states[:, i].T, color=colour(i + 1), linewidth=0.6, marker=".", markersize=2)
         label(axes, "x₁", "x₂" if axes is row[0] else "", f"{name}, {spent} score calls")
@@ -70,9 +69,9 @@ def animate_chains(
         ShapeError: the mixture is not over events [2].
     """
     calls = 4 * frames * KERNELS[known_name("kernel", kernel, KERNELS)][1]
-    states, _ = _states(mixture, kernel, chains, calls, seed)
     figure, (axes,) = new_figure(4.2, 4.4)
-    _shade(axes, mixture)
+    shade_plane(axes, mixture)
+    states, _ = _states(mixture, kernel, chains, calls, seed)
     (points,) = axes.plot(*states[0].T, ".", markersize=3, color=INK, alpha=0.7)
 
     def draw(frame: int) -> list[Artist]:
@@ -89,8 +88,6 @@ def _states(
 ) -> tuple[Tensor, int]:
     """States [steps + 1, chains, 2] from starts near the origin, and the score calls of one."""
     step_size, each = KERNELS[kernel]
-    if mixture.event_shape != (2,):
-        raise ShapeError(f"the mixture is over events {tuple(mixture.event_shape)}: need (2,)")
     generator = torch.Generator().manual_seed(seed)
     x = 0.3 * torch.randn(chains, 2, dtype=torch.float64, generator=generator)
     found = run_chains(
@@ -98,14 +95,6 @@ def _states(
     )
     assert found.samples is not None
     return torch.cat([x[None], found.samples]), found.nfe
-
-
-def _shade(axes: Axes, mixture: GaussianMixture) -> None:
-    reach = 1.15 * float(mixture.sample(2000).abs().max())
-    shade_density(axes, mixture, torch.zeros(2).numpy(), reach)
-    axes.set_xlim(-reach, reach)
-    axes.set_ylim(-reach, reach)
-    axes.set_aspect("equal")
 
 
 def plot_diagnostics(chains: Chains, shown: int = 4) -> Figure:

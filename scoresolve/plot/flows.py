@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
@@ -16,9 +17,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from scoresolve.errors import ShapeError, whole_number
+from scoresolve.models import Model
 from scoresolve.noise import BrownianPath, Philox
 from scoresolve.plans import StepReport
-from scoresolve.plot.samples import shade_density
+from scoresolve.plot.samples import shade_plane
 from scoresolve.plot.style import COLOURS, DENSITY, colour, label, new_figure
 from scoresolve.sampling import DEFAULT_SOLVER, sample
 from scoresolve.sde import VP, GaussianSDE
@@ -57,20 +59,12 @@ def forward(sde: GaussianSDE, x0: Tensor, steps: int, seed: int = 0) -> Track:
 
 
 def backward(
-    mixture: GaussianMixture, sde: GaussianSDE, x: Tensor, solver: str, steps: int, seed: int = 0
+    model: Model, sde: GaussianSDE, x: Tensor, solver: str, seed: int = 0, **grid: Any
 ) -> Track:
-    """Paths of a solver from `x` [B, D] at time T, on a uniform grid, with the exact score."""
+    """Paths of a solver from `x` [B, D] at time T, on the grid that `sample` takes as options."""
     track = [(sde.T, x)]
-    sample(
-        mixture.score_model(sde),
-        sde,
-        x=x,
-        solver=solver,
-        grid="uniform",
-        steps=steps,
-        seed=seed,
-        callback=partial(_note, track),
-    )
+    note = partial(_note, track)
+    sample(model, sde, x=x, solver=solver, seed=seed, callback=note, **grid)
     times, states = zip(*track, strict=True)
     return torch.tensor(times, dtype=F64), torch.stack(states)
 
@@ -103,12 +97,13 @@ def plot_flow(
         ShapeError: the mixture is not over events [1].
     """
     process = sde or VP()
-    start = _quantiles(paths) * process.prior_std
+    start, model = _quantiles(paths) * process.prior_std, mixture.score_model(process)
+    even: dict[str, Any] = {"grid": "uniform", "steps": steps}
     figure, row = new_figure(11.0, 3.3, columns=3, share=False)
     tracks = {
         "forward SDE": forward(process, mixture.sample(paths, seed=seed), steps, seed),
-        "probability flow (ODE)": backward(mixture, process, start, DEFAULT_SOLVER, steps),
-        "reverse SDE": backward(mixture, process, start, "euler_maruyama", steps, seed),
+        "probability flow (ODE)": backward(model, process, start, DEFAULT_SOLVER, **even),
+        "reverse SDE": backward(model, process, start, "euler_maruyama", seed, **even),
     }
     for axes, (title, (times, states)) in zip(row, tracks.items(), strict=True):
         shade_marginals(axes, mixture, process)
@@ -143,15 +138,15 @@ def plot_paths(
         ShapeError: the mixture is not over events [1].
     """
     process = sde or VP()
-    start = _quantiles(starts) * process.prior_std
+    start, model = _quantiles(starts) * process.prior_std, mixture.score_model(process)
+    even: dict[str, Any] = {"grid": "uniform", "steps": steps}
     figure, (axes,) = new_figure(6.4, 3.8)
     shade_marginals(axes, mixture, process)
-    times, states = backward(
-        mixture, process, start.repeat(repeats, 1), "euler_maruyama", steps, seed=1
-    )
+    many = start.repeat(repeats, 1)
+    times, states = backward(model, process, many, "euler_maruyama", 1, **even)
     for i in range(starts):
         axes.plot(times, states[:, i::starts, 0], color=colour(i + 1), linewidth=0.5, alpha=0.8)
-    times, states = backward(mixture, process, start, DEFAULT_SOLVER, steps)
+    times, states = backward(model, process, start, DEFAULT_SOLVER, **even)
     for i in range(starts):
         axes.plot(times, states[:, i, 0], color="white", linewidth=4.0)
         axes.plot(times, states[:, i, 0], color=colour(i + 1), linewidth=2.4)
@@ -217,19 +212,14 @@ def plot_score(
 
 def draw_score(axes: Axes, mixture: GaussianMixture, sde: GaussianSDE, t: float) -> None:
     """p_t in shades and its score, times sigma, in arrows on `axes`."""
-    if mixture.event_shape != (2,):
-        raise ShapeError(f"the mixture is over events {tuple(mixture.event_shape)}: need (2,)")
-    reach = 1.15 * float(mixture.sample(2000).abs().max())
-    shade_density(axes, mixture.marginal(sde, t), torch.zeros(2).numpy(), reach)
+    shade_plane(axes, mixture, mixture.marginal(sde, t))
+    reach = axes.get_xlim()[1]
     side = torch.linspace(-0.9 * reach, 0.9 * reach, 15, dtype=F64)
     x = torch.cartesian_prod(side, side)
     arrows = sde.sigma(t) * mixture.score_model(sde)(x, t)
     length = arrows.norm(dim=1, keepdim=True)
     arrows = arrows / length * length.clamp(max=3.0)
     axes.quiver(*x.T, *arrows.T, color=COLOURS[1], scale=45, width=0.006, pivot="mid")
-    axes.set_xlim(-reach, reach)
-    axes.set_ylim(-reach, reach)
-    axes.set_aspect("equal")
 
 
 def shade_marginals(

@@ -14,11 +14,9 @@ from torch import Tensor, nn
 
 from scoresolve.chains import DiffusionChain
 from scoresolve.models import Model, from_x0
-from scoresolve.noise import Philox
 from scoresolve.objectives import denoising_score_matching
-from scoresolve.plot.flows import shade_marginals
+from scoresolve.plot.flows import backward, shade_marginals
 from scoresolve.plot.style import COLOURS, label, new_figure
-from scoresolve.sampling import plan
 from scoresolve.sde import linear_betas
 from scoresolve.targets import GaussianMixture
 from scoresolve.training import Training, seeded
@@ -98,10 +96,11 @@ def plot_four_points(paths: int = 24, steps: int = 1500, seed: int = 0) -> Figur
         "probability flow, exact score": ("ab2_v", exact),
         "probability flow, learned score": ("ab2_v", learned),
     }
+    grid = [float(t) for t in range(CHAIN.T, 0, -1)]
     figure, row = new_figure(11.0, 6.2, columns=3, rows=2)
     tracks = [("forward chain", torch.arange(CHAIN.T + 1, dtype=F64), forward)]
     for title, (solver, model) in back.items():
-        times, states = _backward(solver, model, start, seed)
+        times, states = backward(model, CHAIN.sde, start, solver, seed, grid=grid)
         tracks.append((f"{title}: ends within {_off(states[-1]):.2f}", times, states))
     for axes, (title, times, states) in zip(row, tracks, strict=True):
         shade_marginals(axes, data, CHAIN.sde, 17.0)
@@ -111,16 +110,6 @@ def plot_four_points(paths: int = 24, steps: int = 1500, seed: int = 0) -> Figur
         axes.set_ylim(-17, 12)
         label(axes, "step t", "x" if axes in (row[0], row[3]) else "", title)
     return figure
-
-
-def _backward(solver: str, model: Model, start: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    times = [float(t) for t in range(CHAIN.T, 0, -1)]
-    track: list[tuple[float, Tensor]] = [(times[0], start)]
-    plan(solver, CHAIN.sde, times).run(
-        model, start, Philox(seed), lambda step: track.append((step.t, step.x))
-    )
-    ends, states = zip(*track, strict=True)
-    return torch.tensor(ends, dtype=F64), torch.stack(states)
 
 
 def _off(x: Tensor, points: Sequence[float] = FOUR_POINTS) -> float:

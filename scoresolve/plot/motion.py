@@ -52,7 +52,10 @@ def animate_flow(
     """
     process, frames = sde or VP(), whole_number("frames", frames)
     times, states = forward(process, mixture.sample(samples, seed=seed), frames, seed)
-    back_times, back = backward(mixture, process, states[-1], solver, FINER * frames, seed + 1)
+    model, steps = mixture.score_model(process), FINER * frames
+    back_times, back = backward(
+        model, process, states[-1], solver, seed + 1, grid="uniform", steps=steps
+    )
     shown = [
         (float(t), x[:, 0].numpy(), "data → noise") for t, x in zip(times, states, strict=True)
     ]
@@ -64,7 +67,6 @@ def animate_flow(
     shown += [shown[-1]] * PAUSE
     reach = reach_of(mixture, process)
     x = torch.linspace(-reach, reach, 400, dtype=torch.float64)[:, None]
-    model = mixture.score_model(process)
     edges = np.linspace(-reach, reach, 81)
     figure, (axes,) = new_figure(5.2, 3.2)
     bars = axes.stairs(np.zeros(80), edges, fill=True, color=COLOURS[1], alpha=0.45)
@@ -100,7 +102,8 @@ def animate_score(
     start = process.prior_std * torch.randn(
         samples, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
     )
-    times, states = backward(mixture, process, start, DEFAULT_SOLVER, frames)
+    model = mixture.score_model(process)
+    times, states = backward(model, process, start, DEFAULT_SOLVER, grid="uniform", steps=frames)
     figure, (axes,) = new_figure(4.2, 4.4)
 
     def draw(frame: int) -> list[Artist]:

@@ -15,7 +15,7 @@ from scoresolve.errors import ShapeError
 from scoresolve.plot.style import COLOURS, DENSITY, INK, label, new_figure
 from scoresolve.targets import GaussianMixture
 
-__all__ = ["plot_images", "plot_samples", "shade_density"]
+__all__ = ["plot_images", "plot_samples", "shade_density", "shade_plane"]
 
 
 def plot_samples(panels: Mapping[str, Tensor], mixture: GaussianMixture | None = None) -> Figure:
@@ -65,6 +65,21 @@ def shade_density(axes: Axes, mixture: GaussianMixture, centre: np.ndarray, reac
     top = float(log_prob.max())
     shades: dict[str, Any] = {"cmap": DENSITY, "vmin": top - 8, "vmax": top + 2}
     axes.imshow(log_prob, origin="lower", extent=extent, interpolation="bilinear", **shades)
+
+
+def shade_plane(axes: Axes, mixture: GaussianMixture, law: GaussianMixture | None = None) -> None:
+    """The density of `law`, or of the mixture itself, on axes that hold nearly all of the mixture.
+
+    Raises:
+        ShapeError: the mixture is not over events [2].
+    """
+    if mixture.event_shape != (2,):
+        raise ShapeError(f"the mixture is over events {tuple(mixture.event_shape)}: need (2,)")
+    reach = 1.15 * float(mixture.sample(2000).abs().max())
+    shade_density(axes, law or mixture, np.zeros(2), reach)
+    axes.set_xlim(-reach, reach)
+    axes.set_ylim(-reach, reach)
+    axes.set_aspect("equal")
 
 
 def plot_images(panels: Mapping[str, Tensor], columns: int = 10) -> Figure:
