@@ -13,7 +13,7 @@ import torch
 
 import scoresolve
 from benchmarks import adaptive, conditioning, likelihood, mcmc, nfe, overhead, tracing
-from benchmarks.peers import versions
+from scoresolve.peers import versions
 
 BENCHMARKS: dict[str, Callable[[], list[dict[str, object]]]] = {
     "adaptive": adaptive.measure,

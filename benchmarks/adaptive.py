@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 
 import scoresolve as ss
-from benchmarks.peers import installed, k_sampling
 from scoresolve.models import Model
+from scoresolve.peers import installed, k_sampling
 from scoresolve.sde import EDM, VP, GaussianSDE, TimeLike, expand
 from scoresolve.solvers import Integrator
 from scoresolve.solvers.adaptive import (

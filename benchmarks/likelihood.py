@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 import scoresolve as ss
-from benchmarks.peers.from_k_diffusion import k_sampling
 from scoresolve.divergence import exact_divergence, hutchinson
 from scoresolve.metrics import class_mixture
+from scoresolve.peers.from_k_diffusion import k_sampling
 from scoresolve.sde import EDM, VP, GaussianSDE, RectifiedFlow
 from scoresolve.targets import GaussianMixture, LowRank, random_mixture, ring
 

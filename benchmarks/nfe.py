@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 
 import scoresolve as ss
-from benchmarks.peers import PEERS, Peer, installed
 from scoresolve.digits import load_network
 from scoresolve.metrics import class_mixture
 from scoresolve.models import Model, from_denoiser
+from scoresolve.peers import PEERS, Peer, installed
 from scoresolve.sde import EDM, VE, VP, CosineVP, GaussianSDE, RectifiedFlow, TimeLike
 from scoresolve.solvers import DormandPrince, Solver
 from scoresolve.targets import GaussianMixture, MixtureModel, random_mixture, ring

@@ -32,9 +32,9 @@ from exact_errors import (
 from torch import Tensor
 
 import scoresolve as ss
-from benchmarks.peers import PEERS, installed, k_sampling, quiet_scheduler
 from scoresolve.errors import ShapeError, Status
 from scoresolve.noise import Philox
+from scoresolve.peers import PEERS, installed, k_sampling, quiet_scheduler
 from scoresolve.sde import EDM, VP, DiscreteVP, GaussianSDE, RectifiedFlow
 from scoresolve.solvers import DormandPrince, LangevinCorrector, get_solver
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 import scoresolve as ss
 from benchmarks import nfe
-from benchmarks.peers import LIBRARIES, PEERS, Peer, installed
 from scoresolve.noise import CallableNoise
+from scoresolve.peers import LIBRARIES, PEERS, Peer, installed
 from scoresolve.sde import EDM, VP, GaussianSDE, RectifiedFlow
 from scoresolve.solvers import (
     DDIM,

@@ -20,8 +20,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks.peers.base import Noise, Peer, Schedule
 from scoresolve.models import Model
+from scoresolve.peers.base import Noise, Peer, Schedule
 from scoresolve.sde import EDM, GaussianSDE, RectifiedFlow
 
 __all__ = ["peers", "quiet_scheduler"]

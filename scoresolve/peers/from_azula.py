@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.peers.base import Noise, Peer, normals
 from scoresolve.models import Model
+from scoresolve.peers.base import Noise, Peer, normals
 from scoresolve.sde import GaussianSDE
 
 __all__ = ["peers"]

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.peers.base import Noise, Peer, Schedule, normals
 from scoresolve.models import Model
+from scoresolve.peers.base import Noise, Peer, Schedule, normals
 from scoresolve.sde import GaussianSDE
 
 __all__ = ["k_sampling", "peers"]

@@ -13,10 +13,10 @@ method. Each stops at the last time of the grid: no peer jumps to sigma = 0.
 
 from __future__ import annotations
 
-from benchmarks.peers import from_azula, from_diffusers, from_k_diffusion
-from benchmarks.peers.base import LIBRARIES, Noise, Peer, installed, versions
-from benchmarks.peers.from_diffusers import quiet_scheduler
-from benchmarks.peers.from_k_diffusion import k_sampling
+from scoresolve.peers import from_azula, from_diffusers, from_k_diffusion
+from scoresolve.peers.base import LIBRARIES, Noise, Peer, installed, versions
+from scoresolve.peers.from_diffusers import quiet_scheduler
+from scoresolve.peers.from_k_diffusion import k_sampling
 
 __all__ = [
     "LIBRARIES",
