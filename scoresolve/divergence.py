@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from scoresolve.errors import ShapeError, known_name
-from scoresolve.models import Model, check_output, conversion
+from scoresolve.errors import ShapeError, check_output, known_name
+from scoresolve.models import Model, conversion
 from scoresolve.plans import check_state
 from scoresolve.sde import SDE, GaussianSDE, TimeLike, as_time
 

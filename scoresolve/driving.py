@@ -23,10 +23,11 @@ from scoresolve.errors import (
     ModelWarning,
     SolveError,
     Status,
+    check_output,
     row_status,
     whole_number,
 )
-from scoresolve.models import Model, NetworkModel, check_output
+from scoresolve.models import Model, NetworkModel
 from scoresolve.noise import NoiseSource, Purpose
 from scoresolve.plans import Plan, StepReport, check_state
 from scoresolve.sde import SDE, GaussianSDE

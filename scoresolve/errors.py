@@ -24,6 +24,7 @@ __all__ = [
     "SolveError",
     "Status",
     "UnknownNameError",
+    "check_output",
     "nearest_names",
     "real_number",
     "row_status",
@@ -102,6 +103,17 @@ def row_status(x: Tensor) -> Tensor:
     """`Status.OK` for the finite rows of `x` [B, *event], else `Status.NONFINITE`; int64 [B]."""
     finite = torch.isfinite(x).flatten(1).all(1) if x.ndim > 1 else torch.isfinite(x)
     return torch.where(finite, int(Status.OK), int(Status.NONFINITE))
+
+
+def check_output(m: object, x: Tensor) -> None:
+    """Raise `ShapeError` unless the model's output `m` has the shape of its input `x`."""
+    if not isinstance(m, Tensor):
+        raise ShapeError(f"the model returned {type(m).__name__}: return a tensor")
+    if m.shape != x.shape:
+        raise ShapeError(
+            f"the model returned shape {tuple(m.shape)} for x of shape {tuple(x.shape)}: "
+            "return one value per element of x"
+        )
 
 
 def whole_number(name: str, value: object, least: int = 1, most: int | None = None) -> int:

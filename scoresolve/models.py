@@ -21,7 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scoresolve.errors import ArgumentError, ShapeError, UnknownNameError, known_name
+from scoresolve.errors import (
+    ArgumentError,
+    ShapeError,
+    UnknownNameError,
+    check_output,
+    known_name,
+)
 from scoresolve.sde import (
     EDM,
     SDE,
@@ -40,7 +46,6 @@ __all__ = [
     "NetworkModel",
     "as_model",
     "check_energy",
-    "check_output",
     "combine",
     "conversion",
     "from_denoiser",
@@ -138,17 +143,6 @@ def combine(u: Number, x: Tensor, w: Number, m: Tensor, t: TimeLike) -> Tensor:
     if isinstance(u, float) and u == 0:
         return result
     return expand(torch.as_tensor(u), x, t) * x + result
-
-
-def check_output(m: object, x: Tensor) -> None:
-    """Raise `ShapeError` unless the model's output `m` has the shape of its input `x`."""
-    if not isinstance(m, Tensor):
-        raise ShapeError(f"the model returned {type(m).__name__}: return a tensor")
-    if m.shape != x.shape:
-        raise ShapeError(
-            f"the model returned shape {tuple(m.shape)} for x of shape {tuple(x.shape)}: "
-            "return one value per element of x"
-        )
 
 
 def check_energy(energy: Tensor, x: Tensor) -> Tensor:

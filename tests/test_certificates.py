@@ -14,19 +14,19 @@ from scoresolve.plans import Linear, Run
 from scoresolve.solvers import REGISTRY, DPMSolverPP, EulerMaruyama, Solver, get_solver
 
 FIXED = [name for name in REGISTRY if isinstance(get_solver(name), Solver)]
-COARSE, FINE = (32, 64, 128, 256), (64, 128, 256, 512)
+COARSE = (32, 64, 128, 256)
 
 
 @pytest.mark.parametrize("name", REGISTRY)
 def test_every_registered_solver_passes(name: str) -> None:
-    certificate = certify(name, refinements=FINE)
+    certificate = certify(name, budgets=(20,))
     assert certificate.passed, str(certificate)
 
 
 @pytest.mark.parametrize("sde", [ss.RectifiedFlow(), ss.EDM(), ss.SubVP()], ids=repr)
 @pytest.mark.parametrize("name", ["euler", "heun", "ab3_v", "dpmpp_2m", "ddpm", "stochastic_heun"])
 def test_certificates_hold_on_other_processes(name: str, sde: ss.GaussianSDE) -> None:
-    certificate = certify(name, sde, refinements=FINE)
+    certificate = certify(name, sde, budgets=(20,))
     assert certificate.passed, str(certificate)
 
 

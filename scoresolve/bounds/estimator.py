@@ -20,8 +20,8 @@ from torch.special import log_ndtr
 
 from scoresolve.bounds.dequantisation import bits_per_dim, standard_error
 from scoresolve.driving import warn_of_dropout
-from scoresolve.errors import ArgumentError, ShapeError, whole_number
-from scoresolve.models import Model, as_model, check_output
+from scoresolve.errors import ArgumentError, ShapeError, check_output, whole_number
+from scoresolve.models import Model, as_model
 from scoresolve.noise import NoiseSource, Purpose
 from scoresolve.plans import check_state
 from scoresolve.sde import GaussianSDE, expand

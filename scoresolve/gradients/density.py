@@ -17,10 +17,10 @@ from torch import Tensor
 
 from scoresolve.divergence import velocity_parts
 from scoresolve.driving import warn_of_dropout
-from scoresolve.errors import ArgumentError, GridError, whole_number
+from scoresolve.errors import ArgumentError, GridError, check_output, whole_number
 from scoresolve.gradients.path import Path
 from scoresolve.grid import Grid, as_grid, make_grid
-from scoresolve.models import Model, as_model, check_output
+from scoresolve.models import Model, as_model
 from scoresolve.noise import NoiseSource, Philox, Purpose
 from scoresolve.plans import check_state
 from scoresolve.sde import EDM, SDE, VE, Prior, TimeLike, check_prior, expand, log_prior

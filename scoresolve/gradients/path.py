@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from scoresolve.errors import ArgumentError, SolveError, known_name, whole_number
+from scoresolve.errors import ArgumentError, SolveError, check_output, known_name, whole_number
 from scoresolve.grid import Grid
-from scoresolve.models import Model, check_output, conversion
+from scoresolve.models import Model, conversion
 from scoresolve.noise import Philox
 from scoresolve.plans import (
     Call,

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scoresolve.errors import ArgumentError, ShapeError
+from scoresolve.errors import ArgumentError, ShapeError, check_output
 from scoresolve.grid import Grid
 from scoresolve.guidance.base import Cost, GridAhead, GuidedModel, cost_at
-from scoresolve.models import Model, as_model, check_output, combine, conversion
+from scoresolve.models import Model, as_model, combine, conversion
 from scoresolve.sde import SDE, TimeLike, as_time, expand
 
 __all__ = ["autoguidance", "cfg_plus_plus", "classifier_free"]

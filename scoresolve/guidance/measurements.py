@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scoresolve.errors import ArgumentError, ShapeError, whole_number
+from scoresolve.errors import ArgumentError, ShapeError, check_output, whole_number
 from scoresolve.grid import Grid
 from scoresolve.guidance.base import CleanModel, Cost, GridAhead, GuidedModel, cost_at, positive
 from scoresolve.guidance.linear import LinearMap, Measurement, conjugate_gradients
-from scoresolve.models import Model, check_output
+from scoresolve.models import Model
 from scoresolve.sde import SDE, TimeLike, as_time, expand
 
 __all__ = ["dps", "dps_steps", "inpaint", "mmps", "pigdm"]

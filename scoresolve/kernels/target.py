@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from scoresolve.errors import ArgumentError, ShapeError, whole_number
-from scoresolve.models import Model, check_output
+from scoresolve.errors import ArgumentError, ShapeError, check_output, whole_number
+from scoresolve.models import Model
 from scoresolve.plans import model_time
 from scoresolve.targets import GaussianMixture
 

@@ -32,10 +32,10 @@ from scoresolve.driving import (
     drive,
     split_cond,
 )
-from scoresolve.errors import ArgumentError, GridError
+from scoresolve.errors import ArgumentError, GridError, check_output
 from scoresolve.grid import Grid, as_grid
 from scoresolve.likelihood.result import Likelihood
-from scoresolve.models import Model, check_output
+from scoresolve.models import Model
 from scoresolve.noise import NoiseSource, Purpose
 from scoresolve.plans import Call, Combine, Mark, Plan
 from scoresolve.sampling import Times, grid_for, plan, refuse

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from scoresolve.divergence import Differentiator, exact_divergence, hutchinson, walsh_signs
 from scoresolve.driving import split_cond
+from scoresolve.errors import check_output
 from scoresolve.likelihood.nodes import ORDER, Nodes
-from scoresolve.models import Model, check_output, conversion
+from scoresolve.models import Model, conversion
 from scoresolve.sde import GaussianSDE, as_time
 
 __all__ = ["Field", "Walk", "block_count", "walk"]

@@ -16,8 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from scoresolve.errors import whole_number
-from scoresolve.models import check_output
+from scoresolve.errors import check_output, whole_number
 from scoresolve.noise import NoiseSource, Purpose, as_noise
 from scoresolve.plans import check_state
 

@@ -15,12 +15,14 @@ from __future__ import annotations
 
 from scoresolve.peers import from_azula, from_diffusers, from_k_diffusion
 from scoresolve.peers.base import LIBRARIES, Noise, Peer, installed, versions
+from scoresolve.peers.black_box import BlackBox
 from scoresolve.peers.from_diffusers import quiet_scheduler
 from scoresolve.peers.from_k_diffusion import k_sampling
 
 __all__ = [
     "LIBRARIES",
     "PEERS",
+    "BlackBox",
     "Noise",
     "Peer",
     "installed",

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from scoresolve.errors import ArgumentError, GridError, ShapeError
-from scoresolve.models import Model, check_output, conversion
+from scoresolve.errors import ArgumentError, GridError, ShapeError, check_output
+from scoresolve.models import Model, conversion
 from scoresolve.noise import NoiseSource
 from scoresolve.plans.stages import Call, Combine, Custom, Draw, Drift, Mark, Stage
 

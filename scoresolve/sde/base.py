@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scoresolve.errors import ArgumentError
+from scoresolve.errors import ArgumentError, check_output
 
 __all__ = ["SDE", "Score", "TimeLike", "as_time", "check_interval", "expand"]
 
@@ -112,11 +112,15 @@ class SDE(ABC):
         Returns:
             The drift, shape of `x`.
 
+        Raises:
+            ShapeError: the score has another shape than `x`, so that it would broadcast.
+
         Source:
             Song et al. 2021 (2011.13456), eq. 6 and 13; Zhang and Chen 2023 (2204.13902), eq. 6.
         """
-        g = expand(self.diffusion(t), x, t)
-        return self.drift(x, t) - (1 + eta**2) / 2 * g**2 * score(x, t, **cond)
+        g, value = expand(self.diffusion(t), x, t), score(x, t, **cond)
+        check_output(value, x)
+        return self.drift(x, t) - (1 + eta**2) / 2 * g**2 * value
 
     def probability_flow_drift(self, x: Tensor, t: TimeLike, score: Score, **cond: Any) -> Tensor:
         """Velocity f - g^2/2 score of the probability-flow ODE, shape of `x`.

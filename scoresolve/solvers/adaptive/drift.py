@@ -8,8 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from scoresolve.errors import ArgumentError, row_status
-from scoresolve.models import check_output
+from scoresolve.errors import ArgumentError, check_output, row_status
 from scoresolve.plans import check_state
 from scoresolve.sde.base import TimeLike
 from scoresolve.solvers.adaptive.rows import Numbers

@@ -1,0 +1,140 @@
+"""What a certificate says, and how an order is read off errors."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+
+__all__ = [
+    "MEAN",
+    "ROUNDING",
+    "VARIANCE",
+    "Bias",
+    "Certificate",
+    "Check",
+    "measured_order",
+    "shown",
+]
+
+MEAN, VARIANCE = (0.7, -0.4, 1.1), (0.25, 1.0, 2.25)
+ROUNDING = 1e-12
+
+
+@dataclass(frozen=True)
+class Check:
+    """One claim, whether it held, and what was seen."""
+
+    claim: str
+    passed: bool
+    seen: str
+
+
+@dataclass(frozen=True)
+class Bias:
+    """Exact errors on Gaussian data at one budget, from the process's own start to its end.
+
+    Attributes:
+        nfe: network calls.
+        mean_error: RMS per coordinate of output mean minus target mean.
+        variance_error: largest relative error of a variance.
+        path_error: RMS per coordinate against the exact probability-flow image of the start;
+            None for a stochastic solver.
+    """
+
+    nfe: int
+    mean_error: float
+    variance_error: float
+    path_error: float | None
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """The result of `certify`.
+
+    Attributes:
+        solver, process: what was certified.
+        nominal_order: the order the solver claims; None if it claims none.
+        steps: numbers of steps between which orders were measured.
+        errors: error at each of them by quantity: "mean", "covariance" and, if deterministic,
+            "path" on Gaussian data, and at the first of the steps "strong" on a mixture.
+        orders: measured order by quantity; infinite where the error is rounding already.
+        nfe: network calls as a function of the steps n.
+        bias: exact errors at several budgets.
+        checks: every claim with its outcome.
+    """
+
+    solver: str
+    process: str
+    nominal_order: float | None
+    nfe: str
+    checks: tuple[Check, ...]
+    bias: tuple[Bias, ...] = ()
+    steps: tuple[int, ...] = ()
+    errors: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    orders: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check passed."""
+        return all(check.passed for check in self.checks)
+
+    def to_json(self) -> str:
+        """The certificate as JSON text."""
+        return json.dumps({**asdict(self), "passed": self.passed}, indent=2)
+
+    def __str__(self) -> str:
+        order = "none" if self.nominal_order is None else f"{self.nominal_order:g}"
+        verdict = "PASSED" if self.passed else "FAILED"
+        lines = [
+            f"{self.solver} on {self.process}: {verdict}",
+            f"  nominal order {order}; calls for n steps: {self.nfe}",
+        ]
+        if self.orders:
+            measured = ", ".join(f"{name} {shown(p)}" for name, p in self.orders.items())
+            lines.append(f"  measured order: {measured}")
+        if self.bias:
+            lines.append("     NFE  mean error  variance error  path error")
+        for row in self.bias:
+            path = "-" if row.path_error is None else f"{row.path_error:.2e}"
+            lines.append(
+                f"  {row.nfe:6d}  {row.mean_error:10.2e}  {row.variance_error:14.2e}  {path:>10}"
+            )
+        lines += [f"  [{'ok' if c.passed else 'FAIL'}] {c.claim}: {c.seen}" for c in self.checks]
+        return "\n".join(lines)
+
+
+def shown(order: float | None) -> str:
+    """An order as text."""
+    if order is None:
+        return "none"
+    if math.isinf(order):
+        return "exact" if order > 0 else "not finite"
+    return f"{order:.2f}"
+
+
+def measured_order(
+    steps: Sequence[int], errors: Sequence[float], rounding: float = ROUNDING
+) -> float:
+    """Order of convergence at the finest pair of grids whose errors exceed rounding.
+
+    Args:
+        steps: increasing numbers of steps.
+        errors: the error at each, infinite where there is none.
+        rounding: errors below are rounding.
+
+    Returns:
+        log(e_coarse/e_fine) / log(n_fine/n_coarse); infinite if rounding is all there is, and
+        -infinity if the finest error is infinite.
+    """
+    if math.isinf(errors[-1]):
+        return -math.inf
+    pairs = zip(itertools.pairwise(steps), itertools.pairwise(errors), strict=True)
+    slopes = [
+        math.log(coarse / fine) / math.log(n_fine / n_coarse)
+        for (n_coarse, n_fine), (coarse, fine) in pairs
+        if math.inf > coarse > rounding and fine > rounding
+    ]
+    return slopes[-1] if slopes else math.inf

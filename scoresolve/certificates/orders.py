@@ -1,0 +1,340 @@
+"""Orders and biases from exact laws, on Gaussian data, and from exact images, on a mixture.
+
+Orders are measured between the log-SNR levels -3 and 3 on the angle grid, where no form of the
+probability flow is singular; a sampler that makes its own grid runs from its start to its end.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from scoresolve.certificates.affine import AffineLaw, affine_law
+from scoresolve.certificates.certificate import (
+    MEAN,
+    ROUNDING,
+    VARIANCE,
+    Bias,
+    Check,
+    measured_order,
+    shown,
+)
+from scoresolve.certificates.probes import Watched
+from scoresolve.errors import GridError, ScoresolveError
+from scoresolve.grid import make_grid
+from scoresolve.peers import BlackBox
+from scoresolve.plans import Plan
+from scoresolve.sampling import grid_for, sample
+from scoresolve.sampling import plan as make_plan
+from scoresolve.sde import GaussianSDE
+from scoresolve.solvers import DormandPrince, Solver
+from scoresolve.targets import GaussianMixture, gaussian, ring
+
+__all__ = [
+    "Boxed",
+    "Measurable",
+    "Planned",
+    "biases",
+    "end_check",
+    "inside",
+    "orders_of",
+    "start_for",
+]
+
+FINE = 256
+REFERENCE, STARTS, MOST_CALLS = 1e-12, 24, 1100
+"""Tolerance of the exact images, how many, and what a run that is held against them may cost."""
+
+
+class ExactLaw(Protocol):
+    """Errors of an exact law."""
+
+    @property
+    def mean_error(self) -> float: ...
+    @property
+    def variance_error(self) -> float: ...
+    @property
+    def path_error(self) -> float: ...
+
+
+class Measurable(ABC):
+    """A sampler with fixed steps whose law is to be measured.
+
+    Attributes:
+        sde: the process.
+        order: the order it claims; None if none.
+        stochastic: whether it draws noise.
+        rounding: errors below are rounding.
+    """
+
+    sde: GaussianSDE
+    order: float | None
+    stochastic: bool
+    rounding: float = ROUNDING
+
+    @abstractmethod
+    def law(self, n: int) -> ExactLaw:
+        """The law of n steps on the Gaussian of `MEAN` and `VARIANCE`."""
+
+    @abstractmethod
+    def ends(self, n: int) -> tuple[float, float]:
+        """The times between which n steps go."""
+
+    @abstractmethod
+    def calls(self, n: int) -> int:
+        """Network calls of n steps."""
+
+    @abstractmethod
+    def kept(self) -> float:
+        """Variance of the output over the true one, of data as narrow as the last noise level."""
+
+    @abstractmethod
+    def images(self, target: GaussianMixture, x: Tensor, n: int) -> Tensor:
+        """Where n steps take states x [B, D], given the exact score of the target."""
+
+    @abstractmethod
+    def budgeted(self, budget: int) -> tuple[int, ExactLaw] | None:
+        """Calls and law at a budget on the whole way; None where it does not reach for a step."""
+
+
+class Planned(Measurable):
+    """A solver of this package."""
+
+    def __init__(self, solver: Solver, sde: GaussianSDE) -> None:
+        self.solver, self.sde = solver, sde
+        self.order, self.stochastic = solver.order, solver.stochastic
+        self.inside = inside(sde)
+
+    @functools.cache  # noqa: B019, the subject lives as long as its certificate is made
+    def plan(self, n: int) -> Plan:
+        return make_plan(self.solver, self.sde, make_grid("cosine", self.sde, n, *self.inside))
+
+    def law(self, n: int) -> ExactLaw:
+        return self.plan(n).law(MEAN, VARIANCE, start="marginal")
+
+    def calls(self, n: int) -> int:
+        return self.plan(n).nfe
+
+    def ends(self, n: int) -> tuple[float, float]:
+        return self.inside
+
+    def kept(self) -> float:
+        plan = make_plan(self.solver, self.sde, _to_the_end(self.sde))
+        law = plan.law(0.0, _last_level(self.sde, self.sde.t_min), start="marginal")
+        return float(law.output_variance / law.target_variance)
+
+    def images(self, target: GaussianMixture, x: Tensor, n: int) -> Tensor:
+        return self.plan(n).run(target.score_model(self.sde), x)
+
+    def budgeted(self, budget: int) -> tuple[int, ExactLaw] | None:
+        start = start_for(self.solver, self.sde)
+        try:
+            grid = grid_for(self.solver, self.sde, nfe=budget, t_start=start)
+        except GridError:
+            return None
+        traced = make_plan(self.solver, self.sde, grid)
+        return traced.nfe, traced.law(MEAN, VARIANCE, start="marginal")
+
+
+class Boxed(Measurable):
+    """A sampler of anyone."""
+
+    def __init__(self, box: BlackBox, sde: GaussianSDE) -> None:
+        self.box, self.sde = box, sde
+        self.order, self.stochastic = box.order, box.stochastic
+        self.rounding = ROUNDING if box.dtype == torch.float64 else 1e-5
+        self.inside = inside(sde)
+        self.target = gaussian(MEAN, VARIANCE)
+        self.model = Watched(self.target.score_model(sde))
+
+    def steps(self, n: int) -> Any:
+        if not self.box.gridded:
+            return n
+        return make_grid("cosine", self.sde, n, *self.inside).times
+
+    @functools.cache  # noqa: B019
+    def law(self, n: int) -> AffineLaw:
+        return affine_law(self.box, self.model, self.target, self.sde, self.steps(n), self.ends(n))
+
+    def ends(self, n: int) -> tuple[float, float]:
+        if self.box.gridded:
+            return self.inside
+        return self.box.start_of(self.sde, n), self.box.end_of(self.sde)
+
+    def calls(self, n: int) -> int:
+        return self.law(n).calls
+
+    def kept(self) -> float:
+        n: Any = max(self.box.refinements, default=FINE)
+        ends, last = self.ends(n), self.ends(n)[1]
+        if self.box.gridded:
+            n = _to_the_end(self.sde)
+            ends, last = (n[0], n[-1]), n[-1]
+        elif last == 0:
+            last = self.model.low  # of all calls made before
+        target = gaussian([0.0], [_last_level(self.sde, last)])
+        model = Watched(target.score_model(self.sde))
+        law = affine_law(self.box, model, target, self.sde, n, ends)
+        return float(law.covariance[0, 0] / law.target_variance)
+
+    def images(self, target: GaussianMixture, x: Tensor, n: int) -> Tensor:
+        model = target.score_model(self.sde)
+        with torch.no_grad():
+            return self.box(model, x.to(self.box.dtype), self.steps(n), torch.randn_like)
+
+    def budgeted(self, budget: int) -> tuple[int, AffineLaw]:
+        n, ends = self.whole(budget)
+        law = affine_law(self.box, self.model, self.target, self.sde, n, ends)
+        return law.calls, law
+
+    def calls_rule(self) -> str:
+        """Calls as a function of the steps n, if they are linear in them."""
+        if self.box.adaptive:
+            return "as many as it needs"
+        try:
+            few, more, most = (self.budgeted(n)[0] for n in (10, 20, 30))
+        except Exception:  # of any kind: the sampler is anyone's
+            return "not known"
+        slope, rest = (more - few) // 10, few - (more - few)
+        if most - more != more - few or (more - few) % 10:
+            return f"{few}, {more}, {most} for n = 10, 20, 30"
+        return f"{slope if slope != 1 else ''}n" + (
+            f" {'+-'[rest < 0]} {abs(rest)}" if rest else ""
+        )
+
+    def whole(self, n: int) -> tuple[Any, tuple[float, float]]:
+        """Its argument for n steps, and their ends, on the whole way."""
+        if not self.box.gridded:
+            return n, self.ends(n)
+        times = make_grid("log_snr", self.sde, n).times
+        return times, (times[0], times[-1])
+
+
+def start_for(solver: Solver, sde: GaussianSDE) -> float:
+    """T, or log-SNR -9 for solvers whose variables are singular at alpha = 0."""
+    try:
+        make_plan(solver, sde, grid_for(solver, sde, steps=2))
+    except GridError:
+        return float(sde.time_from_log_snr(-9.0))
+    return sde.T
+
+
+def inside(sde: GaussianSDE) -> tuple[float, float]:
+    """The times of the log-SNR levels -3 and 3."""
+    start, end = sde.time_from_log_snr(torch.tensor([-3.0, 3.0], dtype=torch.float64)).tolist()
+    return start, end
+
+
+def _to_the_end(sde: GaussianSDE) -> tuple[float, ...]:
+    """A fine grid in log-SNR, from -5."""
+    return make_grid("log_snr", sde, FINE, float(sde.time_from_log_snr(-5.0))).times
+
+
+def _last_level(sde: GaussianSDE, t: float) -> float:
+    """The variance (sigma/alpha)^2 at a time."""
+    return float((-sde.log_snr(t)).exp())
+
+
+def end_check(subject: Measurable) -> Check:
+    """Whether the last step keeps the variance of data as narrow as the last noise level.
+
+    A jump to sigma = 0 by the predicted x0 leaves v^2/(v + sigma^2) of a variance v, here half.
+    """
+    claim = "keeps the variance of narrow data at its end"
+    try:
+        kept = subject.kept()
+    except Exception as error:  # of any kind: the sampler may be anyone's
+        return Check(claim, False, f"{type(error).__name__}: {error}")
+    return Check(claim, 0.75 < kept < 1.33, f"{kept:.3f} of the true one")
+
+
+def orders_of(
+    subject: Measurable, steps: Sequence[int], margin: float
+) -> tuple[dict[str, tuple[float, ...]], dict[str, float], list[Check]]:
+    """Errors at several numbers of steps by quantity, the orders between them, and the verdicts."""
+    try:
+        laws = [subject.law(n) for n in steps]
+    except Exception as error:  # of any kind: the sampler may be anyone's
+        known = isinstance(error, ScoresolveError)
+        seen = str(error) if known else f"{type(error).__name__}: {error}"
+        return {}, {}, [Check("has an exact law", known and subject.order is None, seen)]
+    errors = {
+        "mean": tuple(law.mean_error for law in laws),
+        "covariance": tuple(law.variance_error for law in laws),
+    }
+    if not subject.stochastic:
+        errors["path"] = tuple(law.path_error for law in laws)
+        if len({subject.ends(n) for n in steps}) == 1:
+            errors["strong"] = tuple(_strong_errors(subject, _affordable(subject, steps)))
+    floors = {"strong": max(subject.rounding, 100 * REFERENCE)}
+    orders = {
+        name: measured_order(steps[: len(found)], found, floors.get(name, subject.rounding))
+        for name, found in errors.items()
+    }
+    if subject.order is None:
+        return errors, orders, []
+    floor = subject.order - margin
+    checks = [
+        Check(f"order {subject.order:g} of the {_ERRORS[name]}", p >= floor, f"measured {shown(p)}")
+        for name, p in orders.items()
+    ]
+    return errors, orders, [*checks, end_check(subject)]
+
+
+_ERRORS = {
+    "mean": "mean",
+    "covariance": "covariance",
+    "path": "path",
+    "strong": "path on a mixture",
+}
+
+
+def _affordable(subject: Measurable, steps: Sequence[int]) -> Sequence[int]:
+    """The first of them, at least two, that make few calls."""
+    return [n for i, n in enumerate(steps) if i < 2 or subject.calls(n) <= MOST_CALLS]
+
+
+def _strong_errors(subject: Measurable, steps: Sequence[int]) -> list[float]:
+    """RMS per coordinate to the exact images of some starts, on a mixture."""
+    target = _nonlinear()
+    x, exact = _exact_images(subject.sde, subject.ends(steps[0]))
+    found = []
+    for n in steps:
+        gap = (subject.images(target, x, n).double() - exact).square().mean().sqrt()
+        found.append(float(gap) if math.isfinite(gap) else math.inf)
+    return found
+
+
+def _nonlinear() -> GaussianMixture:
+    """Three modes on a circle that overlap, so that errors are regular at modest steps."""
+    return ring(3, 1.0, 1.0)
+
+
+@functools.lru_cache(maxsize=16)
+def _exact_images(sde: GaussianSDE, ends: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    """Starts from the mixture's marginal, [B, 2], and where the flow takes them."""
+    target = _nonlinear()
+    x = target.marginal(sde, ends[0]).sample(STARTS, seed=0)
+    end = max(ends[1], sde.t_min)
+    reference = DormandPrince(REFERENCE, REFERENCE, coordinates="scaled")
+    out = sample(target.score_model(sde), sde, x=x, solver=reference, t_start=ends[0], t_end=end)
+    return x, out.x
+
+
+def biases(subject: Measurable, budgets: Sequence[int]) -> tuple[Bias, ...]:
+    """Exact errors at several budgets of calls, or of steps where only those can be given."""
+    rows = []
+    for budget in budgets:
+        found = subject.budgeted(budget)
+        if found is None:
+            continue
+        calls, law = found
+        path = None if subject.stochastic else law.path_error
+        rows.append(Bias(calls, law.mean_error, law.variance_error, path))
+    return tuple(rows)
