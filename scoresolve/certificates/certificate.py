@@ -81,6 +81,11 @@ class Certificate:
         """Whether every check passed."""
         return all(check.passed for check in self.checks)
 
+    @property
+    def shown_orders(self) -> tuple[str, ...]:
+        """The measured orders as text, in the order of `orders`."""
+        return tuple(shown(order) for order in self.orders.values())
+
     def to_json(self) -> str:
         """The certificate as JSON text."""
         return json.dumps({**asdict(self), "passed": self.passed}, indent=2)

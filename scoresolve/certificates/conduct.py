@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -111,6 +112,7 @@ class Foreign(Subject):
             Draws(answer if apart else None),
         ):
             torch.manual_seed(seed)
+            np.random.seed(seed)  # torchsde takes its entropy from here
             return Outcome(self.box(model, x, self.n, torch.randn_like))
 
 
@@ -123,7 +125,8 @@ def conduct(subject: Subject) -> list[Check]:
             whole = subject.run(watched, ROWS, apart=True)
         few = subject.run(model, FEW, apart=True)
     except Exception as error:  # of any kind: the sampler may be anyone's
-        return [Check("runs", False, _said(error))]
+        seen = [_inside(subject, watched)] if watched.calls else []
+        return [Check("runs", False, _said(error)), *seen]
     checks = [*_count(whole, watched), _inside(subject, watched)]
     if subject.stochastic:
         checks += _randomness(subject, model, whole, few)

@@ -7,6 +7,7 @@ probability flow is singular; a sampler that makes its own grid runs from its st
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -94,6 +95,10 @@ class Measurable(ABC):
     def kept(self) -> float:
         """Variance of the output over the true one, of data as narrow as the last noise level."""
 
+    def jumps(self, steps: Sequence[int]) -> list[float] | None:
+        """sigma^2/alpha^2 from where it jumps to 0, if that depends on the steps."""
+        return None
+
     @abstractmethod
     def images(self, target: GaussianMixture, x: Tensor, n: int) -> Tensor:
         """Where n steps take states x [B, D], given the exact score of the target."""
@@ -148,7 +153,7 @@ class Boxed(Measurable):
     def __init__(self, box: BlackBox, sde: GaussianSDE) -> None:
         self.box, self.sde = box, sde
         self.order, self.stochastic = box.order, box.stochastic
-        self.rounding = ROUNDING if box.dtype == torch.float64 else 1e-5
+        self.rounding = ROUNDING if box.dtype == torch.float64 else 1e-4
         self.inside = inside(sde)
         self.target = gaussian(MEAN, VARIANCE)
         self.model = Watched(self.target.score_model(sde))
@@ -182,6 +187,14 @@ class Boxed(Measurable):
         model = Watched(target.score_model(self.sde))
         law = affine_law(self.box, model, target, self.sde, n, ends)
         return float(law.covariance[0, 0] / law.target_variance)
+
+    def jumps(self, steps: Sequence[int]) -> list[float] | None:
+        if self.box.gridded or self.box.end_of(self.sde) > 0:
+            return None
+        last = [self.law(n).lowest for n in steps]
+        if min(last) <= 0 or max(last) - min(last) < 1e-6 * max(last):
+            return None
+        return [_last_level(self.sde, t) for t in last]
 
     def images(self, target: GaussianMixture, x: Tensor, n: int) -> Tensor:
         model = target.score_model(self.sde)
@@ -279,12 +292,34 @@ def orders_of(
     }
     if subject.order is None:
         return errors, orders, []
+    checks = [] if (jump := subject.jumps(steps)) is None else [_jump_check(subject, steps, jump)]
     floor = subject.order - margin
-    checks = [
+    checks += [
         Check(f"order {subject.order:g} of the {_ERRORS[name]}", p >= floor, f"measured {shown(p)}")
         for name, p in orders.items()
     ]
+    checks += [
+        Check("no refinement makes it worse", False, f"{_ERRORS[name]}: {_listed(found)}")
+        for name, found in errors.items()
+        if _worsens(found, floors.get(name, subject.rounding))
+    ]
     return errors, orders, [*checks, end_check(subject)]
+
+
+def _jump_check(subject: Measurable, steps: Sequence[int], levels: Sequence[float]) -> Check:
+    """A jump from sigma to 0 by the predicted x0 loses sigma^2 of variance, relative to v."""
+    order, claimed = measured_order(steps, levels), subject.order or 0.0
+    seen = f"measured {shown(order)}, from sigma^2 = " + ", ".join(f"{v:.1e}" for v in levels)
+    return Check(f"order {claimed:g} of its last jump", order >= claimed - 0.2, seen)
+
+
+def _worsens(errors: Sequence[float], rounding: float) -> bool:
+    pairs = itertools.pairwise(errors)
+    return any(fine > 1.5 * coarse and fine > 10 * rounding for coarse, fine in pairs)
+
+
+def _listed(errors: Sequence[float]) -> str:
+    return "errors " + ", ".join(f"{error:.1e}" for error in errors)
 
 
 _ERRORS = {

@@ -13,21 +13,53 @@ method. Each stops at the last time of the grid: no peer jumps to sigma = 0.
 
 from __future__ import annotations
 
-from scoresolve.peers import from_azula, from_diffusers, from_k_diffusion
+from scoresolve.errors import ArgumentError, known_name
+from scoresolve.peers import (
+    from_azula,
+    from_diffusers,
+    from_k_diffusion,
+    shipped_diffusers,
+    shipped_k_diffusion,
+    shipped_ode,
+)
 from scoresolve.peers.base import LIBRARIES, Noise, Peer, installed, versions
-from scoresolve.peers.black_box import BlackBox
+from scoresolve.peers.black_box import BlackBox, Normals
 from scoresolve.peers.from_diffusers import quiet_scheduler
 from scoresolve.peers.from_k_diffusion import k_sampling
+from scoresolve.peers.shipped_diffusers import diffusers_scheduler
+from scoresolve.peers.shipped_k_diffusion import (
+    azula_sampler,
+    edm_sampler,
+    k_diffusion_function,
+)
+from scoresolve.peers.shipped_ode import (
+    flow_matching_solver,
+    scipy_solver,
+    torchdiffeq_solver,
+    torchode_solver,
+    torchsde_solver,
+)
 
 __all__ = [
     "LIBRARIES",
     "PEERS",
     "BlackBox",
     "Noise",
+    "Normals",
     "Peer",
+    "azula_sampler",
+    "boxes",
+    "diffusers_scheduler",
+    "edm_sampler",
+    "flow_matching_solver",
     "installed",
+    "k_diffusion_function",
     "k_sampling",
     "quiet_scheduler",
+    "scipy_solver",
+    "torchdiffeq_solver",
+    "torchode_solver",
+    "torchsde_solver",
     "versions",
 ]
 
@@ -37,3 +69,29 @@ PEERS: dict[str, Peer] = {
     for peer in module.peers()
 }
 """Every peer by library and name."""
+
+
+def boxes(library: str) -> dict[str, BlackBox]:
+    """The samplers of an installed library as black boxes, by name.
+
+    Those that run on any grid come first, then those that run as their users run them, whose
+    names end in ", as shipped".
+
+    Args:
+        library: one of `LIBRARIES`.
+
+    Raises:
+        UnknownNameError: no such library.
+        ArgumentError: it is not installed.
+    """
+    known_name("library", library, LIBRARIES)
+    if not installed(library):
+        raise ArgumentError(f"{library} is not installed: pip install {library}")
+    gridded = [peer.box for peer in PEERS.values() if peer.library == library]
+    shipped = {
+        "diffusers": shipped_diffusers.boxes,
+        "k-diffusion": shipped_k_diffusion.k_boxes,
+        "azula": shipped_k_diffusion.azula_boxes,
+        **shipped_ode.BOXES,
+    }[library]()
+    return {box.name: box for box in gridded} | {f"{box.name}, as shipped": box for box in shipped}

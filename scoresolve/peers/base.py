@@ -7,18 +7,29 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata, util
+from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 
 from scoresolve.models import Model
-from scoresolve.sde import GaussianSDE
+from scoresolve.peers.black_box import BlackBox, Normals
+from scoresolve.sde import EDM, GaussianSDE, RectifiedFlow
 
 __all__ = ["LIBRARIES", "Noise", "Peer", "Schedule", "installed", "normals", "versions"]
 
 Noise = Callable[[Tensor, float, float], Tensor]
-LIBRARIES = ("diffusers", "k-diffusion", "azula")
+LIBRARIES = (
+    "diffusers",
+    "k-diffusion",
+    "azula",
+    "flow_matching",
+    "torchdiffeq",
+    "torchsde",
+    "torchode",
+    "scipy",
+)
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,7 @@ class Peer:
         process: the only kind of process it is made for; None if it runs on any.
         own_grid: it takes the ends of `times` and their number, and places the nodes itself.
         repeats: another peer that computes the same.
+        order: order of accuracy that its library claims for it, None if none.
     """
 
     library: str
@@ -43,6 +55,25 @@ class Peer:
     process: type[GaussianSDE] | None = None
     own_grid: bool = False
     repeats: str = ""
+    order: float | None = None
+
+    @property
+    def box(self) -> BlackBox:
+        """This peer on any grid, as a black box."""
+
+        def run(model: Model, x: Tensor, times: Sequence[float], noise: Normals) -> Tensor:
+            sde: Any = model.sde
+            return self.run(model, sde, times, x, lambda like, t, s: noise(like))
+
+        own: dict[object, GaussianSDE] = {EDM: EDM(), RectifiedFlow: RectifiedFlow(T=0.999)}
+        return BlackBox(
+            run,
+            self.name,
+            order=self.order,
+            stochastic=self.stochastic,
+            gridded=True,
+            sde=own.get(self.process),
+        )
 
 
 def installed(library: str) -> bool:

@@ -45,20 +45,25 @@ def _azula_run(
 
 
 def _azula(
-    name: str, sampler: str, stochastic: bool = False, repeats: str = "", **options: Any
+    name: str,
+    sampler: str,
+    accuracy: float,
+    stochastic: bool = False,
+    repeats: str = "",
+    **options: Any,
 ) -> Peer:
     run = partial(_azula_run, f"{sampler}Sampler", options)
-    return Peer("azula", name, run, stochastic, repeats=repeats)
+    return Peer("azula", name, run, stochastic, repeats=repeats, order=accuracy)
 
 
 def peers() -> list[Peer]:
     families = ("zAB", "vAB", "zEAB", "xEAB", "REAB")
     return [
-        _azula("euler", "Euler", repeats="k-diffusion euler"),
-        _azula("heun", "Heun", repeats="k-diffusion heun"),
-        _azula("ddim", "DDIM", repeats="k-diffusion euler"),
-        *(_azula(f"{family}{p}", family, order=p) for family in families for p in (2, 3, 4)),
-        _azula("ddpm", "DDPM", True),
-        _azula("ddim(eta=0.5)", "DDIM", True, eta=0.5),
-        _azula("ito", "Ito", True),
+        _azula("euler", "Euler", 1, repeats="k-diffusion euler"),
+        _azula("heun", "Heun", 2, repeats="k-diffusion heun"),
+        _azula("ddim", "DDIM", 1, repeats="k-diffusion euler"),
+        *(_azula(f"{family}{p}", family, p, order=p) for family in families for p in (2, 3, 4)),
+        _azula("ddpm", "DDPM", 1, True),
+        _azula("ddim(eta=0.5)", "DDIM", 1, True, eta=0.5),
+        _azula("ito", "Ito", 1, True),
     ]

@@ -204,10 +204,11 @@ def _diffusers(
     stochastic: bool = False,
     process: type[GaussianSDE] | None = None,
     repeats: str = "",
+    accuracy: float | None = 1,
     **options: Any,
 ) -> Peer:
     run = partial(_drive, convention, path, options, call or {})
-    return Peer("diffusers", name, run, stochastic, process, repeats=repeats)
+    return Peer("diffusers", name, run, stochastic, process, repeats=repeats, order=accuracy)
 
 
 _MULTI = "dpmsolver_multistep.DPMSolverMultistepScheduler"
@@ -230,6 +231,7 @@ def _multistep_peers(lower: bool) -> Iterator[Peer]:
                 f"{algorithm} {order}M({kind}{tail})",
                 _MULTI,
                 repeats="" if lower else repeats,
+                accuracy=order,
                 solver_order=order,
                 solver_type=kind,
                 algorithm_type=algorithm,
@@ -241,6 +243,7 @@ def _multistep_peers(lower: bool) -> Iterator[Peer]:
                 f"unipc{order}({variant}, {form}{tail})",
                 _UNIPC,
                 repeats="" if lower or order > 1 else f"diffusers unipc1({variant}, {form})",
+                accuracy=order,
                 solver_order=order,
                 solver_type=variant,
                 predict_x0=data,
@@ -249,7 +252,12 @@ def _multistep_peers(lower: bool) -> Iterator[Peer]:
     for order in (2, 3):
         repeats = "" if lower else f"azula zEAB{order}"
         yield _diffusers(
-            f"deis{order}{tail}", _DEIS, repeats=repeats, solver_order=order, **options
+            f"deis{order}{tail}",
+            _DEIS,
+            repeats=repeats,
+            accuracy=order,
+            solver_order=order,
+            **options,
         )
 
 
@@ -258,6 +266,7 @@ def peers() -> list[Peer]:
         _diffusers(
             f"{algorithm} {order}S",
             _SINGLE,
+            accuracy=order,
             solver_order=order,
             algorithm_type=algorithm,
             lower_order_final=True,
@@ -270,6 +279,7 @@ def peers() -> list[Peer]:
             f"sde-dpmsolver++ {order}M({kind})",
             _MULTI,
             stochastic=True,
+            accuracy=order,
             solver_order=order,
             solver_type=kind,
             algorithm_type="sde-dpmsolver++",
@@ -283,9 +293,9 @@ def peers() -> list[Peer]:
         *_multistep_peers(lower=False),
         *singlestep,
         *stochastic,
-        _diffusers("ipndm", "ipndm.IPNDMScheduler", _Convention(_unit_circle, "v")),
-        _diffusers("plms", _PNDM, _Convention(_plms), skip_prk_steps=True),
-        _diffusers("pndm", _PNDM, _Convention(_pndm)),
+        _diffusers("ipndm", "ipndm.IPNDMScheduler", _Convention(_unit_circle, "v"), accuracy=4),
+        _diffusers("plms", _PNDM, _Convention(_plms), accuracy=2, skip_prk_steps=True),
+        _diffusers("pndm", _PNDM, _Convention(_pndm), accuracy=2),
         _diffusers("ddim", _DDIM, _INTEGER, repeats="k-diffusion euler", **_NO_CLIP),
         _diffusers("ddim(eta=0.5)", _DDIM, _INTEGER, {"eta": 0.5}, True, **_NO_CLIP),
         _diffusers("ddpm", _DDPM, _INTEGER, stochastic=True, **_NO_CLIP),
@@ -304,15 +314,22 @@ def peers() -> list[Peer]:
             repeats="k-diffusion euler",
         ),
         _diffusers(
-            "heun", "heun_discrete.HeunDiscreteScheduler", _STAGES, repeats="k-diffusion heun"
+            "heun",
+            "heun_discrete.HeunDiscreteScheduler",
+            _STAGES,
+            repeats="k-diffusion heun",
+            accuracy=2,
         ),
         _diffusers(
             "dpm_2",
             "k_dpm_2_discrete.KDPM2DiscreteScheduler",
             _STAGES,
             repeats="k-diffusion dpm_2",
+            accuracy=2,
         ),
-        _diffusers("lms4", "lms_discrete.LMSDiscreteScheduler", _LEVEL, repeats="azula zAB4"),
+        _diffusers(
+            "lms4", "lms_discrete.LMSDiscreteScheduler", _LEVEL, repeats="azula zAB4", accuracy=4
+        ),
         _diffusers(
             "euler_ancestral",
             "euler_ancestral_discrete.EulerAncestralDiscreteScheduler",
@@ -332,6 +349,7 @@ def peers() -> list[Peer]:
             "lcm",
             "lcm.LCMScheduler",
             _Convention(_consistency),
+            accuracy=None,
             stochastic=True,
             timestep_scaling=1e12,
             **_NO_CLIP,
@@ -346,6 +364,7 @@ def peers() -> list[Peer]:
             "flow_match_heun",
             "flow_match_heun_discrete.FlowMatchHeunDiscreteScheduler",
             _FLOW,
+            accuracy=2,
             process=RectifiedFlow,
         ),
         _diffusers(

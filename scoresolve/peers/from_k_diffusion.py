@@ -122,44 +122,56 @@ def _k_single(
 
 
 def _k(
-    name: str, function: str, stochastic: bool = False, repeats: str = "", **options: Any
+    name: str,
+    function: str,
+    accuracy: float,
+    stochastic: bool = False,
+    repeats: str = "",
+    **options: Any,
 ) -> Peer:
     takes_noise = function.endswith(("_ancestral", "_sde"))
     run = partial(_k_run, f"sample_{function}", options, takes_noise)
-    return Peer("k-diffusion", name, run, stochastic, repeats=repeats)
+    return Peer("k-diffusion", name, run, stochastic, repeats=repeats, order=accuracy)
 
 
 def peers() -> list[Peer]:
     multi, full = "diffusers dpmsolver++", "M(midpoint, full end)"
     return [
-        _k("euler", "euler"),
-        _k("heun", "heun"),
-        _k("dpm_2", "dpm_2"),
-        *(_k(f"lms{p}", "lms", order=p, repeats=f"azula zAB{p}") for p in (2, 3, 4)),
-        _k("dpmpp_2m", "dpmpp_2m", repeats=f"{multi} 2{full}"),
-        _k("dpmpp_2s", "dpmpp_2s_ancestral", eta=0.0),
+        _k("euler", "euler", 1),
+        _k("heun", "heun", 2),
+        _k("dpm_2", "dpm_2", 2),
+        *(_k(f"lms{p}", "lms", p, order=p, repeats=f"azula zAB{p}") for p in (2, 3, 4)),
+        _k("dpmpp_2m", "dpmpp_2m", 2, repeats=f"{multi} 2{full}"),
+        _k("dpmpp_2s", "dpmpp_2s_ancestral", 2, eta=0.0),
         _k(
             "dpmpp_2m_sde(eta=0, heun)",
             "dpmpp_2m_sde",
+            2,
             repeats="azula xEAB2",
             eta=0.0,
             solver_type="heun",
         ),
-        _k("dpmpp_3m_sde(eta=0)", "dpmpp_3m_sde", repeats=f"{multi} 3{full}", eta=0.0),
-        Peer("k-diffusion", "dpm_fast", _k_fast, own_grid=True),
-        Peer("k-diffusion", "dpm_solver_2", partial(_k_single, 2), repeats="k-diffusion dpm_2"),
-        Peer("k-diffusion", "dpm_solver_3", partial(_k_single, 3)),
+        _k("dpmpp_3m_sde(eta=0)", "dpmpp_3m_sde", 3, repeats=f"{multi} 3{full}", eta=0.0),
+        Peer("k-diffusion", "dpm_fast", _k_fast, own_grid=True, order=3),
+        Peer(
+            "k-diffusion",
+            "dpm_solver_2",
+            partial(_k_single, 2),
+            repeats="k-diffusion dpm_2",
+            order=2,
+        ),
+        Peer("k-diffusion", "dpm_solver_3", partial(_k_single, 3), order=3),
         *(
-            _k(name, name, True)
-            for name in (
-                "euler_ancestral",
-                "dpm_2_ancestral",
-                "dpmpp_2s_ancestral",
-                "dpmpp_sde",
-                "dpmpp_2m_sde",
-                "dpmpp_3m_sde",
+            _k(name, name, order, True)
+            for name, order in (
+                ("euler_ancestral", 1),
+                ("dpm_2_ancestral", 2),
+                ("dpmpp_2s_ancestral", 2),
+                ("dpmpp_sde", 2),
+                ("dpmpp_2m_sde", 2),
+                ("dpmpp_3m_sde", 3),
             )
         ),
-        _k("dpmpp_2m_sde(heun)", "dpmpp_2m_sde", True, solver_type="heun"),
-        _k("heun(churn)", "heun", True, s_churn=10.0, s_tmin=0.05, s_tmax=50.0),
+        _k("dpmpp_2m_sde(heun)", "dpmpp_2m_sde", 2, True, solver_type="heun"),
+        _k("heun(churn)", "heun", 2, True, s_churn=10.0, s_tmin=0.05, s_tmax=50.0),
     ]
