@@ -2,9 +2,10 @@
 
 from scoresolve.model_check.reading import ModelReport, Reading, check_model
 from scoresolve.model_check.result import Estimate, Finding, ModelVerification, NoiseLevel
-from scoresolve.model_check.verification import QUANTITIES, verify_model
+from scoresolve.model_check.verification import LIMITS, QUANTITIES, verify_model
 
 __all__ = [
+    "LIMITS",
     "QUANTITIES",
     "Estimate",
     "Finding",

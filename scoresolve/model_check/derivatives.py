@@ -7,7 +7,8 @@ D(y, k) = E[x0 | y], reads
     d log p/dk = k (div s + |s|^2)     so that     dD/d(log k) = k^2 grad div D + 2 J^T (D - y)
 
 with J = dD/dy. The difference of both sides is k^3 times that of the equation for the score,
-ds/dk = k grad(div s + |s|^2), and k^2 alpha dt/d(log k) times that in x and t,
+ds/dk = k grad(div s + |s|^2), and, where the field is a gradient, k^2 alpha dt/d(log k) times
+that in x and t,
 
     ds/dt = grad(-div f - f.s + g^2/2 (div s + |s|^2)).
 
@@ -183,7 +184,6 @@ def jacobian_parts(products: Tensor, vectors: Tensor, exact: bool) -> tuple[Tens
 
 def check_differentiable(
     model: Model,
-    sde: GaussianSDE,
     x: Tensor,
     times: tuple[float, float],
     cond: dict[str, Any],
@@ -192,8 +192,7 @@ def check_differentiable(
     """Raise unless the network itself, not its conversion alone, has derivatives in x and in t.
 
     Args:
-        model: as the user gave it.
-        sde: the process it lives in.
+        model: in the process it lives in.
         x: some states, [n, *event].
         times: two times; a network that differs between them must have a derivative in time.
         cond: conditions for these rows.
@@ -221,7 +220,7 @@ def check_differentiable(
     if in_time and (found[1] is None or not bool(found[1].any())):
         with torch.no_grad():
             other = network(x, torch.full_like(t, times[1]).expand(len(x)), **cond)
-        if not torch.equal(other, value):
+        if not torch.allclose(other, value, equal_nan=True):
             raise ArgumentError(
                 "the network's output has no derivative in its time (rounded timesteps, or an "
                 'embedding by table): leave "fokker_planck" out of quantities'

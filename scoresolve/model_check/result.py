@@ -12,10 +12,26 @@ __all__ = ["Estimate", "Finding", "ModelVerification", "NoiseLevel"]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value and its standard error over the data points."""
+    """A value and its standard error over the data points.
+
+    Attributes:
+        value: the estimate.
+        standard_error: how far chance moves it.
+        rooted: whether it is the root of what was averaged; the error is then that of the square,
+            as it moves the root upwards.
+    """
 
     value: float
     standard_error: float
+    rooted: bool = False
+
+    def bounds(self, errors: float = 3.0) -> tuple[float, float]:
+        """The value less and plus so many standard errors; a root is not below 0."""
+        value, error = self.value, self.standard_error
+        if not self.rooted:
+            return value - errors * error, value + errors * error
+        off = errors * error * (2 * value + error)
+        return math.sqrt(max(value**2 - off, 0.0)), math.sqrt(value**2 + off)
 
     def __str__(self) -> str:
         value, error = self.value, self.standard_error

@@ -56,7 +56,6 @@ of the calibration and everything else from 0."""
 LEVELS = (6.0, -4.0)
 """Ends of the range of levels, log(alpha^2 v / sigma^2) for data of variance v per element."""
 
-_ERRORS = 3.0  # standard errors that chance may be off
 _MEASURES = {
     "denoising": ("linear", "exact", "correlation"),
     "calibration": ("calibration", "negative"),
@@ -65,6 +64,7 @@ _MEASURES = {
 }
 _EXACT = 16  # up to so many dimensions all basis vectors are cheaper than enough probes
 _DIRECTIONS = 8  # random directions per point where the whole Jacobian is known
+_PROBES, _POINTS, _EXACT_POINTS = 8, 32, 256  # pairs of probes average better than points
 _FEW = 2  # and where it is not asked for
 _RESOLVED = 1e-5  # of sigma^2/alpha^2: below it a posterior variance is rounding
 _FEWEST = 16
@@ -78,7 +78,7 @@ def verify_model(
     law: GaussianMixture | None = None,
     quantities: Collection[str] = QUANTITIES,
     levels: int | Sequence[float] = 8,
-    points: int = 64,
+    points: int | None = None,
     probes: int | None = None,
     chunk: int = 128,
     seed: int = 0,
@@ -100,9 +100,10 @@ def verify_model(
             posterior mean.
         quantities: names of `QUANTITIES` to measure.
         levels: how many noise levels, evenly spaced in log-SNR between `LEVELS`, or their log-SNRs.
-        points: data points, the first ones, at which all derivatives are taken; the others serve
-            denoising and, along two random directions each, calibration.
-        probes: random vectors per point and level for divergence and Jacobian, >= 2. If omitted, 4;
+        points: data points, the first ones, at which all derivatives are taken, >= 2; the others
+            serve denoising and, along two random directions each, calibration. If omitted, 32; or
+            256 where divergence and Jacobian are exact.
+        probes: random vectors per point and level for divergence and Jacobian, >= 2. If omitted, 8;
             or all D basis vectors, so that both are exact, for D <= 16 event elements. `probes`
             >= D takes the basis too.
         chunk: points given to the network at a time.
@@ -127,23 +128,28 @@ def verify_model(
     if not wanted:
         raise ArgumentError(f"quantities is empty: name some of {', '.join(QUANTITIES)}")
     _check(sde, data, law)
-    as_model(score, sde)  # refuses what cannot serve this process
+    model = as_model(score, sde)  # refuses what cannot serve this process
+    # in y = x/alpha and sigma/alpha all Gaussian processes are one, so a model is asked in its own
+    if isinstance(score, Model) and isinstance(score.sde, GaussianSDE):
+        model = score
     warn_of_dropout(score)
     size = math.prod(data.shape[1:])
     exact = size <= _EXACT if probes is None else whole_number("probes", probes, 2) >= size
+    usual = _EXACT_POINTS if exact else _POINTS
+    count = usual if points is None else whole_number("points", points, 2)
     run = _Run(
-        score if isinstance(score, Model) else as_model(score, sde),
+        model,
         sde,
         data,
         law,
         tuple(name for name in QUANTITIES if name in wanted),
-        min(whole_number("points", points, 2), len(data)) if {*wanted} != {"denoising"} else 0,
-        None if exact else probes or 4,
+        min(count, len(data)) if {*wanted} != {"denoising"} else 0,
+        None if exact else probes or _PROBES,
         whole_number("chunk", chunk),
         seed,
         cond,
     )
-    log_snrs = _log_snrs(levels, sde, data)
+    log_snrs = _log_snrs(levels, sde, run.home, data)
     rows = tuple(run.measure(i, log_snr) for i, log_snr in enumerate(log_snrs))
     return ModelVerification(
         process=repr(sde),
@@ -179,8 +185,10 @@ def _check(sde: GaussianSDE, data: Tensor, law: GaussianMixture | None) -> None:
         )
 
 
-def _log_snrs(levels: int | Sequence[float], sde: GaussianSDE, data: Tensor) -> list[float]:
-    """Log-SNRs from little noise to much, cut to the interval of the process."""
+def _log_snrs(
+    levels: int | Sequence[float], sde: GaussianSDE, home: GaussianSDE, data: Tensor
+) -> list[float]:
+    """Log-SNRs from little noise to much, cut to what the process and the model's own reach."""
     if isinstance(levels, Sequence):
         wanted = torch.tensor([real_number("levels", level) for level in levels]).double()
     else:
@@ -189,8 +197,12 @@ def _log_snrs(levels: int | Sequence[float], sde: GaussianSDE, data: Tensor) -> 
         wanted -= math.log(variance)
     if not len(wanted):
         raise ArgumentError("levels is empty: give at least one log-SNR")
-    times = sde.time_from_log_snr(wanted).clamp(sde.t_min, sde.T)
-    found = {value for value in sde.log_snr(times).tolist() if math.isfinite(value)}
+    for process in (sde, home):
+        times = process.time_from_log_snr(wanted).clamp(process.t_min, process.T)
+        wanted = process.log_snr(times)
+    found = {value for value in wanted.tolist() if math.isfinite(value)}
+    if not found:
+        raise ArgumentError(f"no log-SNR of {sde} at these levels is finite: give others")
     return sorted(found, reverse=True)
 
 
@@ -210,8 +222,8 @@ class _Run:
         seed: int,
         cond: dict[str, Any],
     ) -> None:
-        # In y = x/alpha and sigma/alpha all processes are one, so the model is asked in its own.
-        self.home = model.sde if isinstance(model.sde, GaussianSDE) else sde
+        assert isinstance(model.sde, GaussianSDE)
+        self.home = model.sde
         self.model, self.sde, self.data, self.law = model, sde, data.detach(), law
         self.quantities, self.points, self.probes, self.chunk = quantities, points, probes, chunk
         self.noise, self.cond = Philox(seed), cond
@@ -260,7 +272,6 @@ class _Run:
         noisier = self.home.time_from_log_snr(-2 * math.log(level.k) - 1.0)
         self.evaluations += check_differentiable(
             self.model,
-            self.home,
             x,
             (level.t, float(noisier)),
             split_cond(self.cond, slice(0, len(x)), len(self.data)),
@@ -382,7 +393,7 @@ def _correlation(a: Tensor, b: Tensor) -> Estimate:
 def _root(square: Estimate) -> Estimate:
     """The square root, 0 of what chance made negative, and how far one standard error moves it."""
     value = math.sqrt(square.value) if not square.value < 0 else 0.0
-    return Estimate(value, math.sqrt(value**2 + square.standard_error) - value)
+    return Estimate(value, math.sqrt(value**2 + square.standard_error) - value, rooted=True)
 
 
 def _spread(influence: Tensor) -> float:
@@ -391,15 +402,13 @@ def _spread(influence: Tensor) -> float:
     return float(influence.square().sum().mul(count / (count - 1)).sqrt())
 
 
-def _off(measure: str, estimate: Estimate) -> tuple[float, float]:
-    """How far a measure is from that of a score, and the standard error of this, over its limit."""
-    value, error, limit = estimate.value, estimate.standard_error, LIMITS[measure]
-    if measure in ("linear", "exact"):
-        return (value - 1) / limit, error / limit
+def _off(measure: str, low: float, high: float) -> float:
+    """How far what lies between two bounds must be from the value of a score, over its limit."""
     if measure == "calibration":
-        off = abs(math.log(value)) if value > 0 else math.inf
-        return off / limit, error / value / limit if value > 0 else 0.0
-    return abs(value) / limit, error / limit
+        low, high = (math.log(bound) if bound > 0 else -math.inf for bound in (low, high))
+    elif measure in ("linear", "exact"):
+        low, high = low - 1, math.inf
+    return max(low, -high) / LIMITS[measure]
 
 
 def _finding(quantity: str, rows: tuple[NoiseLevel, ...]) -> Finding:
@@ -408,11 +417,10 @@ def _finding(quantity: str, rows: tuple[NoiseLevel, ...]) -> Finding:
         for measure in _MEASURES[quantity]:
             estimate = getattr(row, measure)
             if estimate is not None:
-                off, error = _off(measure, estimate)
-                excess = off - _ERRORS * error
+                excess = _off(measure, *estimate.bounds())
                 # what is not a number is off by all there is
                 excess = math.inf if math.isnan(excess) else max(excess, 0.0)
-                found.append((excess, off, measure, row))
+                found.append((excess, _off(measure, *estimate.bounds(0)), measure, row))
     # a number that is beyond its limit says more than one that does not exist
     excess, _, measure, row = max(found, key=lambda each: (1 < each[0] < math.inf, *each[:2]))
     text = _TEXTS[measure][excess > 1].replace("*", str(getattr(row, measure)))
