@@ -13,8 +13,13 @@ from torch import Tensor
 
 import scoresolve as ss
 from scoresolve.errors import ArgumentError, ShapeError, UnknownNameError
-from scoresolve.model_check import QUANTITIES, ModelVerification, verify_model
-from scoresolve.model_check.derivatives import Denoised, Level, fokker_planck_residual
+from scoresolve.model_check import QUANTITIES, Estimate, ModelVerification, verify_model
+from scoresolve.model_check.derivatives import (
+    Denoised,
+    Level,
+    fokker_planck_residual,
+    jacobian_parts,
+)
 from scoresolve.model_check.filters import LinearFilter
 from scoresolve.models import Model, as_model
 from scoresolve.sde import GaussianSDE
@@ -138,25 +143,25 @@ def test_an_overconfident_denoiser_has_another_law_and_is_a_score_still() -> Non
 
 
 def test_probes_estimate_what_the_basis_gives() -> None:
-    mixture = ss.targets.random_mixture(6, 4, spread=1.0)
-    exact, data = mixture.score_model(SDE), mixture.sample(64)
-    turn = torch.zeros(6, 6, dtype=torch.float64)
-    turn[0, 1], turn[1, 0] = 0.05, -0.05
-
-    def wrong(x: Tensor, t: Tensor) -> Tensor:
-        return exact(x, 1.2 * t) + x @ turn
-
-    asked = {"quantities": ("fokker_planck", "curl"), "levels": (0.0,), "points": 64}
-    (whole,) = verify_model(wrong, SDE, data, **asked).levels
-    found = [verify_model(wrong, SDE, data, probes=4, seed=i, **asked).levels[0] for i in range(8)]
-    for name in ("fokker_planck", "curl"):
-        # the noise of x differs by seed, so both kinds vary over the points
-        squares = torch.tensor([getattr(row, name).value ** 2 for row in found])
-        truth = getattr(whole, name)
-        spread = float(squares.std()) / math.sqrt(8)
-        slack = 4.5 * math.hypot(spread, truth.standard_error * 2 * truth.value)
-        assert float(squares.mean()) == pytest.approx(truth.value**2, abs=slack)
-        assert truth.value**2 > slack
+    """Many draws of three probes at one point: the mean over them has no bias."""
+    mixture, draws, level = ss.targets.random_mixture(4, 4, spread=1.0), 4000, Level.at(SDE, 0.4)
+    exact = mixture.score_model(SDE)
+    turn = torch.zeros(4, 4, dtype=torch.float64)
+    turn[0, 1], turn[1, 0] = 0.3, -0.3
+    model = as_model(lambda x, t: exact(x, 1.2 * t) + x @ turn, SDE)
+    x = level.alpha * mixture.sample(2)[1:] + 0.5 * level.sigma
+    basis = torch.eye(4, dtype=x.dtype)[:, None]
+    truth, products = fokker_planck_residual(Denoised(model, x, level, {}), basis, exact=True)
+    parts = jacobian_parts(products, basis, exact=True)
+    many = x.expand(draws, 4)
+    probes = torch.stack([ss.Philox(0).signs(many, draw) for draw in range(3)])
+    square, products = fokker_planck_residual(Denoised(model, many, level, {}), probes, exact=False)
+    for found, value in zip(
+        (square, *jacobian_parts(products, probes, exact=False)), (truth, *parts), strict=True
+    ):
+        error = 4.5 * float(found.std()) / math.sqrt(draws)
+        assert error < 0.15 * float(value)
+        assert float(found.mean()) == pytest.approx(float(value), abs=error)
 
 
 def test_probes_of_an_exact_score_leave_no_residual_beyond_their_errors() -> None:
@@ -194,6 +199,35 @@ def test_a_gaussian_is_denoised_as_by_a_linear_filter() -> None:
         law.score_model(SDE), SDE, law.sample(400), quantities=("denoising",), levels=4
     )
     assert measured(found, "linear") == pytest.approx([1.0] * 4, abs=0.02)
+
+
+def test_a_denoiser_an_eighth_worse_than_a_linear_filter_is_told() -> None:
+    """A ripple across x0 is uncorrelated with everything, so it adds its square to the error."""
+    law, data = (
+        ss.targets.gaussian([0.0, 0.0], 1.0),
+        ss.targets.gaussian([0.0, 0.0], 1.0).sample(2000),
+    )
+    exact = law.score_model(SDE)
+
+    def rippled(share: float) -> ModelVerification:
+        def network(x: Tensor, t: Tensor) -> Tensor:
+            rate = (1 + SDE.log_snr(t).exp()) ** -0.5
+            return exact.predict("x0", x, t) + (2 * share) ** 0.5 * rate[:, None] * (60 * x).sin()
+
+        model = ss.from_x0(network, SDE)
+        return verify_model(model, SDE, data, quantities=("denoising",), levels=(0.0,))
+
+    assert rippled(0.02).ok
+    found = rippled(0.12)
+    assert measured(found, "linear") == pytest.approx([1.12], abs=0.03)
+    assert "worse than a linear filter" in found.worst.verdict
+
+
+def test_the_root_of_an_average_has_the_bounds_of_its_square() -> None:
+    square, error = 0.04, 0.03
+    root = Estimate(0.2, math.sqrt(square + error) - 0.2, rooted=True)
+    assert root.bounds(1.0) == pytest.approx((math.sqrt(0.01), math.sqrt(0.07)))
+    assert root.bounds(3.0) == pytest.approx((0.0, math.sqrt(0.13)))
 
 
 def test_results_do_not_depend_on_chunks_or_on_later_data() -> None:
