@@ -20,7 +20,8 @@ from scoresolve.model_check.derivatives import (
     fokker_planck_residual,
     jacobian_parts,
 )
-from scoresolve.model_check.filters import LinearFilter
+from scoresolve.model_check.filters import LinearFilter, _Half
+from scoresolve.model_check.verification import _correlation
 from scoresolve.models import Model, as_model
 from scoresolve.sde import GaussianSDE
 
@@ -184,6 +185,36 @@ def test_the_linear_filter_is_that_of_the_covariance() -> None:
     assert float(error.mean()) == pytest.approx(
         float(exact), abs=4.5 * float(error.std()) / math.sqrt(4000)
     )
+
+
+def test_the_covariance_is_shrunk_as_ledoit_and_wolf_say() -> None:
+    from sklearn.covariance import ledoit_wolf
+
+    rows = ss.targets.random_mixture(12, 3).sample(30)
+    half = _Half(rows)
+    along = half.axes.mT @ torch.diag(half.variances - half.rest) @ half.axes
+    found = along + half.rest * torch.eye(12, dtype=rows.dtype)
+    torch.testing.assert_close(found, torch.from_numpy(ledoit_wolf(rows.numpy())[0]))
+
+
+def test_a_correlation_of_one_has_no_error() -> None:
+    found = _correlation(DATA, 2 * DATA)
+    assert found.value == pytest.approx(1.0)
+    assert found.standard_error < ROUNDING
+
+
+def test_a_posterior_without_spread_has_no_negative_variances() -> None:
+    """Between points of the data rounding alone is left of it."""
+    points = ss.GaussianMixture.from_data(DATA[:20])
+    found = verify_model(
+        points.score_model(SDE),
+        SDE,
+        DATA[:20],
+        law=points,
+        levels=(12.0, 3.0),
+        quantities=("calibration",),
+    )
+    assert measured(found, "negative") == [0.0, 0.0]
 
 
 def test_the_linear_filter_of_few_points_is_no_worse_than_one_variance_for_all() -> None:
