@@ -15,8 +15,8 @@ that in x and t,
 J is also Cov[x0 | y] / k^2 (Tweedie), so it is symmetric and has no negative direction.
 
 Source:
-    Lai et al. 2023 (2210.04296), eq. 6, for the equation of the score; Meng et al. 2021
-    (2111.04726), theorem 1, for the second moment; Hutchinson 1990 for the divergence.
+    Lai et al. 2023 (2210.04296), for the equation of the score; Meng et al. 2021
+    (2111.04726), for the second moment; Hutchinson 1990 for the divergence.
 """
 
 from __future__ import annotations

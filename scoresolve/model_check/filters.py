@@ -7,7 +7,7 @@ points than dimensions.
 
 Source:
     Ledoit and Wolf 2004, "A well-conditioned estimator for large-dimensional covariance matrices",
-    section 3, for the shrinkage.
+    for the shrinkage.
 """
 
 from __future__ import annotations
