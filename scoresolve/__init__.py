@@ -44,7 +44,7 @@ from scoresolve.likelihood import (
     log_likelihood,
     sample_with_log_prob,
 )
-from scoresolve.model_check import check_model
+from scoresolve.model_check import check_model, verify_model
 from scoresolve.models import (
     Model,
     as_model,
@@ -168,4 +168,5 @@ __all__ = [
     "targets",
     "training",
     "variational_bound",
+    "verify_model",
 ]

@@ -1,6 +1,7 @@
 """The command line: the verbs, certificates and pictures for a shell.
 
-Exit codes: 0 done, 1 a certificate or a sample failed, 2 the call cannot be right, 130 interrupted.
+Exit codes: 0 done, 1 a certificate, a model or a sample failed, 2 the call cannot be right,
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from scoresolve.models import Model
     from scoresolve.sde import GaussianSDE
+    from scoresolve.targets import GaussianMixture
 
 __all__ = ["main"]
 
@@ -151,6 +153,12 @@ def _process(name: str, options: tuple[str, ...]) -> GaussianSDE:
     return process
 
 
+def _target(name: str) -> GaussianMixture:
+    import scoresolve as ss
+
+    return ss.targets.ring() if name == "ring" else ss.targets.random_mixture(16, 10, seed=0)
+
+
 def _load(reference: str) -> Any:
     module, _, name = reference.partition(":")
     sys.path.insert(0, str(Path.cwd()))
@@ -182,9 +190,7 @@ def _resolve(
     denoiser = (model is None and target is None) or prediction == "denoiser"
     sde = _process(process or ("edm" if denoiser else "vp"), process_options)
     if target is not None:
-        mixture = (
-            ss.targets.ring() if target == "ring" else ss.targets.random_mixture(16, 10, seed=0)
-        )
+        mixture = _target(target)
         return mixture.score_model(sde), sde, mixture.event_shape
     if model is None:
         from scoresolve.digits import load_network
@@ -397,6 +403,64 @@ def _mean(values: Tensor) -> str:
     if len(values) < 2:
         return f"{float(values.mean()):.4f}"
     return f"{float(values.mean()):.4f} +- {float(values.std()) / len(values) ** 0.5:.4f}"
+
+
+@main.command()
+@_model_options
+@click.option("--data", type=click.Path(exists=True, path_type=Path), help="An array [N, ...].")
+@click.option("--count", type=click.IntRange(min=1), help="Take the first so many.")
+@click.option("--levels", type=click.IntRange(min=1), help="Noise levels.  [8]")
+@click.option("--points", type=click.IntRange(min=2), help="Points to take all derivatives at.")
+@click.option("--probes", type=click.IntRange(min=2), help="Random vectors per point and level.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@click.option("--png", type=PICTURE, help="Also draw it.")
+def verify(
+    score: Model | Callable[..., Tensor],
+    sde: GaussianSDE,
+    event: tuple[int, ...] | None,
+    as_json: bool,
+    data: Path | None = None,
+    count: int | None = None,
+    png: Path | None = None,
+    **options: Any,
+) -> None:
+    """Measure how far a network is from a score field; exit code 1 if it is too far.
+
+    With --digits and no --data on held-out digits; with --target on samples of it.
+
+    \b
+    scoresolve verify --target ring
+    scoresolve verify --digits --png digits.png
+    scoresolve verify --model nets:eps --prediction eps --data held_out.npy --json
+    """
+    import torch
+
+    import scoresolve as ss
+
+    target = click.get_current_context().params["target"]
+    law = None if target is None else _target(target)
+    if data is not None:
+        x = _read(data)
+    elif law is not None:
+        x = law.sample(count or 512, seed=1)
+    elif event == (1, 8, 8):
+        from scoresolve.digits import load_digits, to_unit
+        from scoresolve.noise import Purpose
+
+        levels = load_digits("test").levels
+        like = torch.empty(levels.shape)
+        x = to_unit(levels, ss.Philox(options["seed"]).uniform(like, 0, Purpose.DEQUANTISE))
+    else:
+        raise click.UsageError("give --data")
+    found = ss.verify_model(score, sde, x[:count], law=law, **options)
+    if png is not None:
+        from scoresolve.plot import plot_verification
+
+        plot_verification({f"{len(x[:count])} points": found}).savefig(png, bbox_inches="tight")
+    click.echo(found.to_json() if as_json else str(found))
+    if not found.ok:
+        raise SystemExit(1)
 
 
 @main.command()

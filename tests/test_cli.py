@@ -112,6 +112,32 @@ def test_likelihood_of_held_out_digits_is_dequantised() -> None:
     assert f"bits: {float(expected.bits_per_dim.mean()):.4f}" in result.output
 
 
+def test_verify_is_that_of_the_verb_and_tells_pass_from_fail(folder: Path) -> None:
+    asked = ("--count", "64", "--levels", "2", "--points", "8")
+    result = run("verify", "--target", "ring", *asked, "--json", "--png", "v.png")
+    assert result.exit_code == 0, result.output
+    law, sde = ss.targets.ring(), ss.VP()
+    x = law.sample(64, seed=1)
+    expected = ss.verify_model(law.score_model(sde), sde, x, law=law, levels=2, points=8)
+    assert json.loads(result.output) == json.loads(expected.to_json())
+    assert (folder / "v.png").stat().st_size > 1000
+    np.save(folder / "x.npy", x.numpy())
+    (folder / "bad.py").write_text(
+        "import scoresolve as ss\n"
+        "exact = ss.targets.ring().score_model(ss.VP())\n"
+        "def score(x, t): return 1.3 * exact(x, t)\n"
+    )
+    result = run("verify", "--model", "bad:score", "--data", "x.npy", *asked)
+    assert result.exit_code == 1
+    assert "[FAILED] denoising" in result.output
+
+
+def test_verify_takes_held_out_digits() -> None:
+    result = run("verify", "--digits", "--count", "16", "--levels", "1", "--points", "2")
+    assert result.exit_code in (0, 1), result.output
+    assert "16 points, derivatives at 2 (8 probes)" in result.output
+
+
 def test_certify_tells_pass_from_fail_by_its_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
     result = run("certify", "ddim", "--json")
     assert result.exit_code == 0
@@ -154,6 +180,7 @@ def test_solvers_lists_the_registry() -> None:
         (("sample", "--target", "ring", "--count", "2", "--grid", "kar"), "karras"),
         (("sample", "--target", "ring", "--count", "2", "--out", "x.txt"), ".safetensors or .npz"),
         (("likelihood", "--target", "ring"), "give --data"),
+        (("verify", "--model", "scoresolve.cli:main"), "give --data"),
         (("plot", "nothing"), "unknown picture"),
         (("plot",), "name a picture"),
     ],

@@ -31,6 +31,7 @@ from scoresolve.plot import (
     plot_orders,
     plot_samples,
     plot_strong_errors,
+    plot_verification,
     save_picture,
 )
 from scoresolve.plot.flows import forward
@@ -144,6 +145,17 @@ def test_strong_errors_are_those_of_the_comparison() -> None:
     drawn = {tuple(line.get_ydata()) for line in figure.axes[0].lines}
     for method in methods:
         assert tuple(landing.rms for landing in comparison.of(method)) in drawn
+
+
+def test_the_picture_of_a_verification_draws_what_was_measured() -> None:
+    law, sde = ss.targets.ring(), ss.VP()
+    found = ss.verify_model(law.score_model(sde), sde, law.sample(32), law=law, levels=2, points=4)
+    figure = plot_verification({"exact": found})
+    drawn = [tuple(line.get_ydata()) for axes in figure.axes for line in axes.lines]
+    for name in ("linear", "exact", "calibration", "fokker_planck", "curl"):
+        assert tuple(getattr(row, name).value for row in found.levels) in drawn
+    with pytest.raises(ArgumentError, match="nothing to draw"):
+        plot_verification({})
 
 
 def test_comparison_meets_the_budget_and_knows_its_reference() -> None:

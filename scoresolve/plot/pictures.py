@@ -10,17 +10,20 @@ import torch
 from matplotlib.animation import FuncAnimation, writers
 from matplotlib.figure import Figure
 
-from scoresolve.digits import load_network
+from scoresolve.digits import load_digits, load_network, to_unit
 from scoresolve.errors import ArgumentError, known_name
 from scoresolve.metrics import Method, class_mixture, compare
+from scoresolve.model_check import ModelVerification, verify_model
 from scoresolve.models import from_denoiser
 from scoresolve.monte_carlo import Chains, run_chains
+from scoresolve.noise import Philox, Purpose
 from scoresolve.plot.chains import animate_chains, plot_chains, plot_diagnostics
 from scoresolve.plot.convergence import plot_grids, plot_orders, plot_strong_errors
 from scoresolve.plot.flows import plot_brownian, plot_flow, plot_paths, plot_score
 from scoresolve.plot.four_points import plot_four_points
 from scoresolve.plot.motion import animate_flow, animate_score
 from scoresolve.plot.samples import plot_images, plot_samples
+from scoresolve.plot.verification import plot_verification
 from scoresolve.sampling import DEFAULT_SOLVER, sample
 from scoresolve.sde import EDM, VP
 from scoresolve.targets import GaussianMixture, ring
@@ -79,6 +82,25 @@ def _digits() -> Figure:
     return plot_images({f"100 digits, {out.nfe} network calls": out.x})
 
 
+def _verified() -> dict[str, ModelVerification]:
+    held_out, mixture = load_digits("test").levels[:160], class_mixture()
+    spread = Philox(0).uniform(torch.empty(held_out.shape), 0, Purpose.DEQUANTISE)
+    models = {
+        "digits network, on held-out digits": (
+            from_denoiser(load_network()),
+            to_unit(held_out, spread),
+        ),
+        "exact score of a mixture like them": (
+            mixture.score_model(EDM()),
+            mixture.sample(160),
+        ),
+    }
+    return {
+        name: verify_model(model, EDM(), data, levels=6, points=16)
+        for name, (model, data) in models.items()
+    }
+
+
 PICTURES: dict[str, Picture] = {
     "flow": Picture(
         "p_t over time with forward, probability-flow and reverse SDE paths; as GIF it moves",
@@ -110,6 +132,10 @@ PICTURES: dict[str, Picture] = {
     "brownian": Picture("Brownian motion against its envelope sqrt(t)", plot_brownian),
     "samples": Picture("samples of a ring of Gaussians over its density", _samples),
     "digits": Picture("digits drawn from the bundled network", _digits),
+    "model": Picture(
+        "how far the digits network and an exact score are from a score field, by noise level",
+        lambda: plot_verification(_verified()),
+    ),
     "orders": Picture("error against steps, from the exact law of each solver", plot_orders),
     "grids": Picture("where the named time grids put their nodes", plot_grids),
     "solvers": Picture(

@@ -171,7 +171,7 @@ def _all_errors(
     errors: dict[tuple[str, int, str], tuple[list[float], list[float]]] = {}
     for level, t in enumerate(times):
         at = SchedulePoint(*(float(value) for value in sde.point(t)))
-        eps = noise.normal(data, level, Purpose.TARGET)
+        eps = noise.normal(data, level, Purpose.OBJECTIVE)
         x = at.alpha * data + at.sigma * eps
         filtered = variance * at.sigma**2 / (at.alpha**2 * variance + at.sigma**2)
         for name, time_of in _TIMES.items():
