@@ -81,6 +81,8 @@ class _OutFile(click.Path):
         return path
 
 
+PAGE = _OutFile(".html")
+REPORT = _OutFile(".md", ".html", ".json")
 ARRAYS = _OutFile(".safetensors", ".npz")
 PICTURE = _OutFile(".png", ".pdf", ".svg")
 MOVING = _OutFile(".png", ".pdf", ".svg", ".gif", ".mp4")
@@ -469,12 +471,14 @@ def verify(
 @click.option("--sde", "process", type=click.Choice(list(PROCESSES)), default="vp")
 @click.option("--sde-option", "process_options", multiple=True, metavar="KEY=NUMBER")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@click.option("--page", type=PAGE, help="Also write a page with pictures.")
 def certify(
     solvers: tuple[str, ...],
     everything: bool,
     process: str,
     process_options: tuple[str, ...],
     as_json: bool,
+    page: Path | None,
 ) -> None:
     """Measure SOLVERS on data whose answer is known; exit code 1 if a claim fails.
 
@@ -497,7 +501,38 @@ def certify(
         click.echo(json.dumps([json.loads(c.to_json()) for c in certificates], indent=2))
     else:
         click.echo("\n\n".join(map(str, certificates)))
+    if page is not None:
+        from scoresolve.audits import certificate_page
+
+        page.write_text(certificate_page(certificates), encoding="utf-8")
     if not all(certificate.passed for certificate in certificates):
+        raise SystemExit(1)
+
+
+@main.command()
+@click.argument("libraries", nargs=-1, required=True)
+@click.option("--only", multiple=True, metavar="REGEX", help="Samplers with such a name.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@click.option("--out", type=REPORT, help="Also write the report, as .md, .html or .json.")
+def audit(
+    libraries: tuple[str, ...], only: tuple[str, ...], as_json: bool, out: Path | None
+) -> None:
+    """Certify every sampler of installed LIBRARIES; exit code 1 if a claim fails.
+
+    \b
+    scoresolve audit k-diffusion
+    scoresolve audit diffusers --only ddim --out ddim.html
+    """
+    import scoresolve as ss
+    from scoresolve.audits import audit_page, pages
+
+    audits = [ss.audit(library, only=only, progress=True) for library in libraries]
+    text = "[" + ",\n".join(found.to_json() for found in audits) + "]"
+    click.echo(text if as_json else "\n\n".join(map(str, audits)))
+    if out is not None:
+        write = {".md": lambda: pages(audits), ".html": lambda: audit_page(audits)}
+        out.write_text(write.get(out.suffix, lambda: text)(), encoding="utf-8")
+    if not all(found.passed for found in audits):
         raise SystemExit(1)
 
 

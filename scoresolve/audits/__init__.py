@@ -17,12 +17,13 @@ from importlib import metadata
 from tqdm import tqdm
 
 from scoresolve.audits.causes import cause_of
+from scoresolve.audits.page import audit_page, certificate_page
 from scoresolve.audits.report import Audit, Defect, pages
 from scoresolve.certificates import Certificate, certify
 from scoresolve.errors import ArgumentError
 from scoresolve.peers import boxes
 
-__all__ = ["Audit", "Defect", "audit", "pages"]
+__all__ = ["Audit", "Defect", "audit", "audit_page", "certificate_page", "pages"]
 
 REFINEMENTS, BUDGETS = (32, 64, 128, 256), (10, 20, 50)
 

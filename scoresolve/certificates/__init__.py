@@ -16,6 +16,7 @@ from scoresolve.certificates.certificate import (
     Certificate,
     Check,
     measured_order,
+    shown,
 )
 from scoresolve.certificates.randomness import Draws
 from scoresolve.certificates.verbs import certify
@@ -32,4 +33,5 @@ __all__ = [
     "affine_law",
     "certify",
     "measured_order",
+    "shown",
 ]

@@ -72,12 +72,14 @@ class Measurable(ABC):
         order: the order it claims; None if none.
         stochastic: whether it draws noise.
         rounding: errors below are rounding.
+        converges: whether refining it should lead to the exact law.
     """
 
     sde: GaussianSDE
     order: float | None
     stochastic: bool
     rounding: float = ROUNDING
+    converges: bool = True
 
     @abstractmethod
     def law(self, n: int) -> ExactLaw:
@@ -114,6 +116,7 @@ class Planned(Measurable):
     def __init__(self, solver: Solver, sde: GaussianSDE) -> None:
         self.solver, self.sde = solver, sde
         self.order, self.stochastic = solver.order, solver.stochastic
+        self.converges = solver.order is not None
         self.inside = inside(sde)
 
     @functools.cache  # noqa: B019, the subject lives as long as its certificate is made
@@ -290,8 +293,9 @@ def orders_of(
         name: measured_order(steps[: len(found)], found, floors.get(name, subject.rounding))
         for name, found in errors.items()
     }
+    ends = [end_check(subject)] if subject.converges else []
     if subject.order is None:
-        return errors, orders, []
+        return errors, orders, ends
     checks = [] if (jump := subject.jumps(steps)) is None else [_jump_check(subject, steps, jump)]
     floor = subject.order - margin
     checks += [
@@ -303,7 +307,7 @@ def orders_of(
         for name, found in errors.items()
         if _worsens(found, floors.get(name, subject.rounding))
     ]
-    return errors, orders, [*checks, end_check(subject)]
+    return errors, orders, [*checks, *ends]
 
 
 def _jump_check(subject: Measurable, steps: Sequence[int], levels: Sequence[float]) -> Check:

@@ -17,7 +17,7 @@ from scoresolve.sde import EDM, VP
 
 __all__ = ["azula_boxes", "azula_sampler", "edm_sampler", "k_boxes", "k_diffusion_function"]
 
-LEVELS = EDM(sigma_min=0.02, sigma_max=80.0)
+LEVELS = EDM()
 
 
 def _denoiser(model: Model) -> Callable[..., Tensor]:

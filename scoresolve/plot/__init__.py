@@ -8,7 +8,12 @@ trajectories by the solvers themselves. Lines carry their own labels.
 """
 
 from scoresolve.plot.chains import animate_chains, plot_chains, plot_diagnostics
-from scoresolve.plot.convergence import plot_grids, plot_orders, plot_strong_errors
+from scoresolve.plot.convergence import (
+    plot_certificate,
+    plot_grids,
+    plot_orders,
+    plot_strong_errors,
+)
 from scoresolve.plot.flows import plot_brownian, plot_flow, plot_paths, plot_score
 from scoresolve.plot.four_points import learn_four_points, plot_four_points
 from scoresolve.plot.motion import animate_flow, animate_score
@@ -25,6 +30,7 @@ __all__ = [
     "learn_four_points",
     "picture",
     "plot_brownian",
+    "plot_certificate",
     "plot_chains",
     "plot_diagnostics",
     "plot_flow",

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from matplotlib.figure import Figure
 
-from scoresolve.certificates import MEAN, VARIANCE, measured_order
+from scoresolve.certificates import MEAN, VARIANCE, Certificate, measured_order, shown
 from scoresolve.errors import ArgumentError
 from scoresolve.grid import make_grid
 from scoresolve.metrics import Comparison
@@ -25,7 +25,7 @@ from scoresolve.plot.style import (
 from scoresolve.sampling import plan
 from scoresolve.sde import VP, GaussianSDE
 
-__all__ = ["plot_grids", "plot_orders", "plot_strong_errors"]
+__all__ = ["plot_certificate", "plot_grids", "plot_orders", "plot_strong_errors"]
 
 
 def plot_orders(
@@ -60,11 +60,38 @@ def plot_orders(
         errors = [p.law(MEAN, VARIANCE, start="marginal").wasserstein for p in plans]
         order = measured_order(steps, errors)
         axes.plot(steps, errors, **line(i))
-        shown = "exact" if math.isinf(order) else f"order {order:.2f}"
-        ends_of.append((errors[-1], f"{name}  {shown}", colour(i)))
+        text = "exact" if math.isinf(order) else f"order {order:.2f}"
+        ends_of.append((errors[-1], f"{name}  {text}", colour(i)))
     axes.set_ylim(bottom=1e-13)
     label(axes, "steps", "2-Wasserstein error of the output law")
     label_ends(axes, ends_of)
+    return figure
+
+
+def plot_certificate(certificate: Certificate) -> Figure:
+    """Errors against steps by quantity, as `certify` measured them.
+
+    Args:
+        certificate: one with errors, so of a sampler with fixed steps and an exact law.
+
+    Returns:
+        A figure with one line per quantity, labelled with its measured order.
+
+    Raises:
+        ArgumentError: the certificate has no errors.
+    """
+    if not certificate.errors:
+        raise ArgumentError(f"the certificate of {certificate.solver} has no errors to draw")
+    figure, (axes,) = new_figure(5.6, 3.2)
+    log_log(axes, certificate.steps)
+    ends = []
+    for i, (quantity, errors) in enumerate(certificate.errors.items()):
+        seen = [max(e, 1e-16) if math.isfinite(e) else math.nan for e in errors]
+        axes.plot(certificate.steps[: len(seen)], seen, **line(i))
+        order = shown(certificate.orders[quantity])
+        ends.append((seen[-1], f"{quantity}  {order}", colour(i)))
+    label(axes, "steps", "error", certificate.solver)
+    label_ends(axes, [end for end in ends if math.isfinite(end[0])])
     return figure
 
 
