@@ -701,6 +701,34 @@ def test_an_adjusted_corrector_leaves_the_marginal_invariant(kernel: Kernel) -> 
     assert not torch.equal(moves(x, t, predict, ss.Philox(1), moves.calls), end)
 
 
+class Addresses(Script):
+    """Notes where numbers are read, which all are 1/2."""
+
+    def __init__(self, seen: list[tuple[Purpose, int]]) -> None:
+        self.seen = seen
+
+    def normal(
+        self, like: Tensor, draw: int, purpose: Purpose = Purpose.SOLVER, times: Times | None = None
+    ) -> Tensor:
+        self.seen.append((purpose, draw))
+        return torch.full_like(like, 0.5)
+
+    def uniform(self, like: Tensor, draw: int, purpose: Purpose = Purpose.SOLVER) -> Tensor:
+        self.seen.append((purpose, draw))
+        return torch.full_like(like, 0.5)
+
+
+@pytest.mark.parametrize("kernel", [ULA(0.1), MALA(0.1), OBABO(0.1), BAOAB(0.1), HMC(0.1, 1)])
+def test_correctors_of_one_run_read_no_number_twice(kernel: Kernel) -> None:
+    seen, sde = list[tuple[Purpose, int]](), ss.VP()
+    corrector = ss.solvers.KernelCorrector(kernel, moves=4, nodes=1)
+    solver = ss.solvers.PredictorCorrector(ss.solvers.EulerMaruyama(), corrector)
+    ss.sample(
+        MIX.score_model(sde), sde, x=points(3, 2, 22), solver=solver, steps=6, noise=Addresses(seen)
+    )
+    assert len(seen) == len(set(seen)) > 5 * (1 + 4)
+
+
 def test_a_corrector_brings_a_coarse_predictor_to_the_law() -> None:
     sde = ss.VP()
     model, law = MIX.score_model(sde), MIX.marginal(sde, sde.t_min)
