@@ -58,6 +58,7 @@ __all__ = [
 ]
 
 Noise = NoiseSource | torch.Generator | Callable[..., Tensor] | None
+_PILOT = 10  # moves of the pilot chains at every beta
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,9 @@ class ImportanceEstimate:
             error is not to be trusted either.
         log_weights: [B] float64.
         x: final states, [B, *event]; with their weights they stand for p.
-        acceptance, status, nfe, calls: as in `Annealed`.
+        step_sizes: factors on the kernel's step size at every beta but the first, [N] float64.
+        acceptance, status, nfe: as in `Annealed`.
+        calls: calls of both densities, for all chunks and the pilot together.
     """
 
     log_z: float
@@ -106,10 +109,19 @@ class ImportanceEstimate:
     effective_size: float
     log_weights: Tensor
     x: Tensor
-    acceptance: Tensor | None
+    step_sizes: Tensor
+    acceptance: Tensor
     status: Tensor
     nfe: int
     calls: int
+
+    def __str__(self) -> str:
+        return (
+            f"log Z        {self.log_z:.4f} +- {self.standard_error:.4f}\n"
+            f"effective    {self.effective_size:.0f} of {len(self.x)} chains\n"
+            f"acceptance   {float(self.acceptance.mean(1).min()):.3f} at least at any beta\n"
+            f"nfe          {self.nfe}"
+        )
 
 
 def annealed_langevin(
@@ -154,7 +166,7 @@ def annealed_langevin(
     """
     if not isinstance(sde, GaussianSDE):
         raise ArgumentError(f"noise levels are those of a Gaussian process, not of {sde}")
-    chosen = ULA(0.1) if kernel is None else get_kernel(kernel)
+    chosen = ULA(0.1) if kernel is None else _single(get_kernel(kernel))
     levels = torch.as_tensor(times, dtype=torch.float64).flatten().tolist()
     inside = bool(levels) and levels[-1] > 0 and levels[0] <= sde.T
     if not inside or any(not a > b for a, b in itertools.pairwise(levels)):
@@ -209,7 +221,7 @@ def simulated_annealing(
         Kirkpatrick, Gelatt, Vecchi 1983, "Optimization by simulated annealing", Science 220.
     """
     family = Tilted(None if base is None else as_target(base), as_target(f))
-    chosen = HMC() if kernel is None else get_kernel(kernel)
+    chosen = HMC() if kernel is None else _single(get_kernel(kernel))
     levels, units = _tilted_units(betas, step_sizes)
     out, _ = _anneal(
         chosen,
@@ -235,6 +247,7 @@ def annealed_importance(
     kernel: str | Kernel | None = None,
     steps: int = 1,
     step_sizes: Sequence[float] | Tensor | None = None,
+    pilot: Tensor | None = None,
     seed: int = 0,
     noise: Noise = None,
     chunk: int | None = None,
@@ -246,7 +259,8 @@ def annealed_importance(
         log w = sum_n (beta_n - beta_{n-1}) (log p - log q)(x_{n-1}),
 
     where x_0 ~ q, and x_n is made of x_{n-1} by a kernel that leaves pi_{beta_n} invariant. The
-    step sizes are fixed beforehand: weights of a kernel that learns on the way are biased.
+    step sizes are fixed beforehand, because weights of a kernel that learns on the way are biased;
+    chains of a pilot, which have no part in the estimate, may find them.
 
     Args:
         target: p up to a constant: an energy, a mixture, or a model with `log_prob_and_score`.
@@ -256,6 +270,9 @@ def annealed_importance(
         kernel: an adjusted kernel; `HMC()` if omitted.
         steps: steps at every beta, >= 1.
         step_sizes: factors on the kernel's step size, one for each beta but the first, [N].
+        pilot: exact samples of q other than `x`, [P, *event] in its dtype. Chains from them adapt
+            the factors to the kernel's acceptance in ten moves at every beta, with numbers that
+            no other chain gets, log h <- log h + (a - acceptance) / sqrt(move) with their mean a.
         seed, noise, chunk, progress, raise_on_failure: as in `run_chains`. The noise of chains is
             not that of `GaussianMixture.sample`, so both may have one seed.
 
@@ -269,7 +286,7 @@ def annealed_importance(
     Source:
         Neal 2001, "Annealed importance sampling", Statistics and Computing 11 (physics/9803008).
     """
-    chosen = HMC() if kernel is None else get_kernel(kernel)
+    chosen = HMC() if kernel is None else _single(get_kernel(kernel))
     if not chosen.adjusted:
         raise ArgumentError(
             f"{chosen.name!r} does not leave the densities invariant, which would bias log Z: "
@@ -284,19 +301,31 @@ def annealed_importance(
     if len(x) < 2:
         raise ArgumentError(f"{len(x)} chains have no standard error: give two or more")
     levels, units = _tilted_units(rising[1:], step_sizes)
+    source, spent = as_noise(noise, seed), 0
+    if pilot is not None:
+        check_chains(pilot)
+        if pilot.shape[1:] != x.shape[1:] or pilot.dtype != x.dtype or not len(pilot):
+            raise ShapeError(
+                f"pilot is {tuple(pilot.shape)} in {pilot.dtype} for x {tuple(x.shape)} in "
+                f"{x.dtype}: give other samples of the base, [P, *event]"
+            )
+        tried = _Temperatures(chosen, family, levels)
+        first = len(units) * whole_number("steps", steps) * chosen.evaluations
+        units = _adapted(chosen, tried, units, pilot, ChainNoise(source, first))
+        spent = tried.calls
     out, log_weights = _anneal(
         chosen,
         lambda _: _Temperatures(chosen, family, levels),
         units,
         steps,
         x,
-        as_noise(noise, seed),
+        source,
         chunk,
         progress,
         False,
         {},
     )
-    assert log_weights is not None
+    assert log_weights is not None and out.acceptance is not None
     # where the density of p is 0 a chain has the weight 0, and is as good as any
     stuck = (out.status == Status.NONFINITE) & (row_status(out.x) == Status.OK)
     status = torch.where(stuck & (log_weights == -math.inf), int(Status.OK), out.status)
@@ -310,10 +339,11 @@ def annealed_importance(
         effective_size=float(relative.sum() ** 2 / relative.square().sum()),
         log_weights=log_weights,
         x=out.x,
+        step_sizes=torch.tensor(units, dtype=torch.float64),
         acceptance=out.acceptance,
         status=status,
         nfe=out.nfe,
-        calls=out.calls,
+        calls=out.calls + spent,
     )
     if raise_on_failure and not bool((status == Status.OK).all()):
         raise failure(estimate, status)
@@ -386,6 +416,13 @@ class _Part(NamedTuple):
     calls: int
 
 
+def _single(kernel: Kernel) -> Kernel:
+    """`kernel` if its chains hold one state each; else raises."""
+    if kernel.copies > 1:
+        raise ArgumentError(f"{kernel.name!r} has temperatures of its own: give its kernel")
+    return kernel
+
+
 def _tilted_units(
     betas: Sequence[float] | Tensor, step_sizes: Sequence[float] | Tensor | None
 ) -> tuple[list[float], list[float]]:
@@ -403,6 +440,26 @@ def _tilted_units(
         )
     checked_step(factors)
     return levels, factors.tolist()
+
+
+@torch.no_grad()
+def _adapted(
+    kernel: Kernel, levels: _Levels, units: list[float], x: Tensor, noise: ChainNoise
+) -> list[float]:
+    """The units, each times the factor at which chains from `x` meet the kernel's acceptance."""
+    assert kernel.target_acceptance is not None
+    h = column(kernel.step_sizes(len(x), slice(None), x), x)
+    state: ChainState | None = None
+    found, log_factor = list[float](), 0.0
+    for level, unit in enumerate(units):
+        target, state = levels.enter(level, state, x, noise)
+        for move in range(_PILOT):
+            state = kernel.step(state, target, noise, unit * math.exp(log_factor) * h)
+            assert state.acceptance is not None
+            excess = float(state.acceptance.mean()) - kernel.target_acceptance
+            log_factor += excess / math.sqrt(move + 1)
+        found.append(unit * math.exp(log_factor))
+    return found
 
 
 @torch.no_grad()
@@ -460,8 +517,6 @@ def _anneal(
 ) -> tuple[Annealed, Tensor | None]:
     """All chunks, and their log-weights; `make` gives a chunk its levels."""
     check_chains(x)
-    if kernel.copies > 1:
-        raise ArgumentError(f"{kernel.name!r} has temperatures of its own: give its kernel")
     batch, steps = len(x), whole_number("steps", steps)
 
     def solve(rows: slice, bar: tqdm[object]) -> _Part:

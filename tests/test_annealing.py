@@ -12,6 +12,7 @@ from torch import Tensor
 import scoresolve as ss
 from scoresolve.errors import ArgumentError, GridError, ShapeError, SolveError, Status
 from scoresolve.kernels import BAOAB, HMC, MALA, ULA, Kernel, ParallelTempering, Tilted, as_target
+from scoresolve.noise import Philox, Purpose, Times
 
 F64 = torch.float64
 MIX = ss.GaussianMixture([1.0, 2.0], [[-1.5, 0.0], [1.5, 0.5]], [0.3, 0.2])
@@ -121,6 +122,56 @@ def test_log_z_of_a_mixture_is_within_its_standard_error(kernel: Kernel) -> None
     assert float((mean - MIX.mean).norm()) < 0.3
 
 
+@pytest.mark.parametrize("scale", [0.03, 10.0])
+def test_a_pilot_finds_the_step_sizes_and_has_no_part_in_the_estimate(scale: float) -> None:
+    """From steps 17 times too small and 20 times too large; the runs that follow are unbiased."""
+    adapted, z = list[Tensor](), list[float]()
+    for seed in range(3):
+        x, pilot = WIDE.sample(400, seed=seed).split([320, 80])
+        options: dict[str, Any] = {"x": x, "seed": seed, "kernel": HMC(scale, 2)}
+        found = ss.annealed_importance(ENERGY, WIDE, BETAS, pilot=pilot, **options)
+        given = ss.annealed_importance(ENERGY, WIDE, BETAS, step_sizes=found.step_sizes, **options)
+        assert torch.equal(given.log_weights, found.log_weights)
+        assert found.nfe == given.nfe and found.calls == given.calls + 1 + 20 * 10 * 2
+        adapted.append(found.acceptance[5:].mean(1))
+        z.append((found.log_z - LOG_Z) / found.standard_error)
+    assert float((torch.stack(adapted) - 0.651).abs().max()) < 0.15
+    assert abs(sum(z) / 3) < 4 / math.sqrt(3) and max(map(abs, z)) < 4
+    told = str(found)
+    assert f"{found.log_z:.4f} +- {found.standard_error:.4f}" in told and "of 320 chains" in told
+
+
+class Addresses(Philox):
+    """Notes where its numbers are read."""
+
+    def __init__(self, seen: list[tuple[Purpose, int]]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def normal(
+        self, like: Tensor, draw: int, purpose: Purpose = Purpose.SOLVER, times: Times | None = None
+    ) -> Tensor:
+        self.seen.append((purpose, draw))
+        return super().normal(like, draw, purpose, times)
+
+    def uniform(self, like: Tensor, draw: int, purpose: Purpose = Purpose.SOLVER) -> Tensor:
+        self.seen.append((purpose, draw))
+        return super().uniform(like, draw, purpose)
+
+    def rows(self, index: slice | Tensor) -> Philox:
+        return self
+
+
+@pytest.mark.parametrize("kernel", [HMC(0.5, 1), MALA(0.2)])
+def test_a_pilot_reads_numbers_of_its_own(kernel: Kernel) -> None:
+    seen = list[tuple[Purpose, int]]()
+    x, pilot = WIDE.sample(20).split([15, 5])
+    ss.annealed_importance(
+        ENERGY, WIDE, BETAS, x=x, pilot=pilot, kernel=kernel, steps=7, noise=Addresses(seen)
+    )
+    assert len(set(seen)) == len(seen) > 20 * (7 + 10)
+
+
 def test_weights_are_those_of_their_definition() -> None:
     """Without moves (a step of size 0, as good as), log w is log p - log q at the start."""
     x = WIDE.sample(50)
@@ -211,6 +262,9 @@ def test_bad_input_is_refused() -> None:
         ss.annealed_importance(MIX, WIDE, BETAS, x=x[:1])
     with pytest.raises(ShapeError, match="step_sizes"):
         ss.annealed_importance(MIX, WIDE, BETAS, x=x, step_sizes=[1.0])
+    for pilot in (x[:, :1], x.float(), x[:0]):
+        with pytest.raises(ShapeError, match="other samples of the base"):
+            ss.annealed_importance(MIX, WIDE, BETAS, x=x, pilot=pilot)
     with pytest.raises(ArgumentError, match="temperatures of its own"):
         ss.annealed_importance(MIX, WIDE, BETAS, x=x, kernel=ParallelTempering(MALA(), [1.0, 0.5]))
     with pytest.raises(ArgumentError, match="betas are empty"):

@@ -28,6 +28,7 @@ __all__ = [
     "StepSize",
     "chain_status",
     "check_chains",
+    "checked_acceptance",
     "checked_step",
     "metropolis",
 ]
@@ -148,6 +149,13 @@ def chain_status(kernel: Kernel, point: Point) -> Tensor:
         return status
     status = status | row_status(point.score)
     return status if point.log_prob is None else status | row_status(point.log_prob)
+
+
+def checked_acceptance(acceptance: float) -> float:
+    """`acceptance` if it is a number in (0, 1); else raises."""
+    if not 0 < real_number("acceptance", acceptance) < 1:
+        raise ArgumentError(f"acceptance = {acceptance}: give a number in (0, 1)")
+    return acceptance
 
 
 def checked_step(step_size: object) -> StepSize:

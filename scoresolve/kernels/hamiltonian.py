@@ -11,6 +11,7 @@ from scoresolve.kernels.base import (
     ChainState,
     Kernel,
     StepSize,
+    checked_acceptance,
     checked_step,
     metropolis,
 )
@@ -48,6 +49,7 @@ class HMC(Kernel):
     Args:
         step_size: h > 0, a length; a number or [B]. Warm-up adapts it.
         leapfrogs: leapfrog steps, each an evaluation of the score, >= 1.
+        acceptance: to which the step size is adapted, in (0, 1).
 
     Raises:
         ArgumentError, ShapeError: a value is out of range.
@@ -57,11 +59,14 @@ class HMC(Kernel):
         Beskos et al. 2013 (1001.4460).
     """
 
-    name, target_acceptance = "hmc", 0.651
+    name = "hmc"
     source = "Neal 2011 (1206.1901), section 3.2"
 
-    def __init__(self, step_size: StepSize = 0.1, leapfrogs: int = 10) -> None:
+    def __init__(
+        self, step_size: StepSize = 0.1, leapfrogs: int = 10, *, acceptance: float = 0.651
+    ) -> None:
         self.step_size = checked_step(step_size)
+        self.target_acceptance = checked_acceptance(acceptance)
         self.leapfrogs = self.evaluations = whole_number("leapfrogs", leapfrogs)
 
     def step(self, state: ChainState, target: Target, noise: ChainNoise, h: Tensor) -> ChainState:

@@ -9,6 +9,7 @@ from scoresolve.kernels.base import (
     ChainState,
     Kernel,
     StepSize,
+    checked_acceptance,
     checked_step,
     metropolis,
 )
@@ -60,20 +61,22 @@ class MALA(Kernel):
 
     Args:
         step_size: h > 0, a variance; a number or [B]. Warm-up adapts it.
+        acceptance: to which it is adapted, in (0, 1).
 
     Raises:
-        ArgumentError, ShapeError: the step size is out of range.
+        ArgumentError, ShapeError: a value is out of range.
 
     Source:
         Roberts and Tweedie 1996, Bernoulli 2, section 1.4; acceptance 0.574 of Roberts and
         Rosenthal 1998, J. R. Statist. Soc. B 60.
     """
 
-    name, power, target_acceptance = "mala", 2, 0.574
+    name, power = "mala", 2
     source = "Roberts and Tweedie 1996, Bernoulli 2, section 1.4"
 
-    def __init__(self, step_size: StepSize = 0.1) -> None:
+    def __init__(self, step_size: StepSize = 0.1, *, acceptance: float = 0.574) -> None:
         self.step_size = checked_step(step_size)
+        self.target_acceptance = checked_acceptance(acceptance)
 
     def step(
         self, state: ChainState, target: Target, noise: ChainNoise, h: torch.Tensor

@@ -17,8 +17,9 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from scoresolve.errors import ArgumentError, real_number, whole_number
+from scoresolve.errors import ArgumentError, whole_number
 from scoresolve.kernels import ChainNoise, Kernel, Target
+from scoresolve.kernels.base import checked_acceptance
 from scoresolve.kernels.target import column
 from scoresolve.noise import NoiseSource, Purpose
 from scoresolve.plans import Linear, Run
@@ -164,9 +165,7 @@ class KernelCorrector(Corrector):
             raise ArgumentError(f"{kernel.name!r} accepts everything: leave out acceptance")
         self.kernel, self.moves = kernel, whole_number("moves", moves)
         self.nodes = whole_number("nodes", nodes)
-        self.acceptance = acceptance
-        if acceptance is not None and not 0 < real_number("acceptance", acceptance) < 1:
-            raise ArgumentError(f"acceptance = {acceptance}: give a number in (0, 1)")
+        self.acceptance = None if acceptance is None else checked_acceptance(acceptance)
         self.name, self.source = kernel.name, kernel.source
 
     def correct(self, x: Linear, t: float, run: Run) -> Linear:
