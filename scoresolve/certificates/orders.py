@@ -377,3 +377,12 @@ def biases(subject: Measurable, budgets: Sequence[int]) -> tuple[Bias, ...]:
         path = None if subject.stochastic else law.path_error
         rows.append(Bias(calls, law.mean_error, law.variance_error, path))
     return tuple(rows)
+
+
+def finite_checks(bias: Sequence[Bias]) -> list[Check]:
+    """That no budget leads to what is not a number."""
+    if not bias:
+        return []
+    lost = [str(row.nfe) for row in bias if not math.isfinite(row.variance_error)]
+    seen = f"not at {', '.join(lost)} calls" if lost else f"{len(bias)} budgets"
+    return [Check("is finite at every budget", not lost, seen)]

@@ -7,7 +7,15 @@ from collections.abc import Sequence
 
 from scoresolve.certificates.certificate import Certificate
 from scoresolve.certificates.conduct import Foreign, Ours, conduct
-from scoresolve.certificates.orders import Boxed, Planned, biases, inside, orders_of, start_for
+from scoresolve.certificates.orders import (
+    Boxed,
+    Planned,
+    biases,
+    finite_checks,
+    inside,
+    orders_of,
+    start_for,
+)
 from scoresolve.errors import ArgumentError
 from scoresolve.peers import BlackBox
 from scoresolve.sde import VP, GaussianSDE
@@ -72,6 +80,8 @@ def _of_solver(
         return Certificate(name, process, solver.order, nfe, tuple(checks))
     planned = Planned(solver, sde)
     errors, orders, checks = orders_of(planned, refinements, margin)
+    bias = biases(planned, budgets) if orders else ()
+    checks += finite_checks(bias)
     checks += conduct(Ours(solver, sde, (start_for(solver, sde), sde.t_min)))
     return Certificate(
         name,
@@ -79,7 +89,7 @@ def _of_solver(
         solver.order,
         nfe,
         tuple(checks),
-        biases(planned, budgets) if orders else (),
+        bias,
         tuple(refinements),
         errors,
         orders,
@@ -95,6 +105,8 @@ def _of_box(
 ) -> Certificate:
     boxed, steps = Boxed(box, sde), tuple(box.refinements or refinements)
     errors, orders, checks = ({}, {}, []) if box.adaptive else orders_of(boxed, steps, margin)
+    bias = biases(boxed, budgets) if orders else ()
+    checks += finite_checks(bias)
     checks += conduct(Foreign(box, sde, *boxed.whole(8)))
     return Certificate(
         box.name,
@@ -102,7 +114,7 @@ def _of_box(
         box.order,
         boxed.calls_rule(),
         tuple(checks),
-        biases(boxed, budgets) if orders else (),
+        bias,
         steps,
         errors,
         orders,
