@@ -12,6 +12,7 @@ import click
 
 from benchmarks import (
     adaptive,
+    anchors,
     conditioning,
     digits,
     likelihood,
@@ -53,6 +54,11 @@ BENCHMARKS: dict[str, Benchmark] = {
         "Wall time of adaptive solvers for a given error.",
         partial(adaptive.measure_time, widths=adaptive.WIDTHS[:1]),
         partial(adaptive.measure_time, full=True),
+    ),
+    "anchors": Benchmark(
+        "Figures of peers that were recorded apart from this package, measured again.",
+        anchors.measure,
+        partial(anchors.measure, blocks=16, starts=512, best=True),
     ),
     "conditioning": Benchmark(
         "Distance to the exact posterior given linear measurements.",

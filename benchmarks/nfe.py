@@ -288,6 +288,7 @@ def compare(
     screen: int = 32,
     keep: float = 10.0,
     finalists: int = 6,
+    seed: int = 1,
 ) -> list[Score]:
     """Scores of the best pairs of sampler and grid at every budget.
 
@@ -303,9 +304,10 @@ def compare(
         keep: after each budget of 10 or more, leave out pairs whose rms in the first round
             exceeds that many times the best.
         finalists: pairs of the second round, by rms and again by median.
+        seed: of the starts.
     """
     model, sde = case
-    x = _starts(case, starts)
+    x = _starts(case, starts, seed)
     exact = _reference(model, sde, x)
     pairs = list(itertools.product(samplers, _distinct(grids, sde)))
     scores: list[Score] = []

@@ -59,7 +59,7 @@ def measure(full: bool = False) -> list[dict[str, object]]:
     """Time, memory and their slopes, for ours and k-diffusion's loop of the same method.
 
     Args:
-        full: every size and nine repeats, instead of every other size and three.
+        full: every size and nine repeats, instead of every other size and two.
 
     Returns:
         Rows with `axis`, `size`, `run`, `ms`, `time_ratio` to the first size, `time_slope`,
@@ -83,7 +83,7 @@ def measure(full: bool = False) -> list[dict[str, object]]:
                 and (run := _run(name, **options)) is not None
             }
             taken: dict[str, list[float]] = {name: [] for name in runs}
-            for _ in range(10 if full else 4):  # the first warms up
+            for _ in range(10 if full else 3):  # the first warms up
                 for name, run in runs.items():
                     begin = time.perf_counter()
                     run()
