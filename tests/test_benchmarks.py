@@ -92,7 +92,7 @@ def test_the_variance_of_a_black_box_is_that_of_its_plan(name: str) -> None:
     times = ss.make_grid("karras", VP, 12).times
     mean, variance = torch.zeros(3), torch.tensor(sde.VARIANCES, dtype=torch.float64)
     law = ss.plan(name, VP, times).law(mean, variance)
-    seen = sde.variance_error(sde.samplers()[f"scoresolve {name}"], VP, times)
+    seen = sde.variance_error(sde.samplers(full=True)[f"scoresolve {name}"], VP, times)
     assert seen == pytest.approx(law.variance_error, rel=1e-9)
 
 
