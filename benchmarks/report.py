@@ -14,7 +14,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from benchmarks.record import Record, Row, columns
-from scoresolve.plot.style import COLOURS, colour, label, line, new_figure
+from scoresolve.plot.style import COLOURS, colour, label, line, log_log, new_figure
 
 __all__ = ["CHARTS", "Bars", "Lines", "markdown_table", "write_report"]
 
@@ -119,7 +119,11 @@ def _draw_lines(chart: Lines, rows: Sequence[Row], y: str) -> Figure | None:
     figure, cells = new_figure(5.6 * across, 3.6 * down, columns=across, rows=down)
     order = {name: i for i, name in enumerate(dict.fromkeys(n for _, c in panels for n in c))}
     for cell, (title, curves) in zip(cells, panels, strict=False):
-        cell.set(xscale="log", yscale="log")
+        places = sorted({x for points in curves.values() for x, _ in points})
+        if places[-1] < 1_000:
+            log_log(cell, [round(x) for x in places])
+        else:
+            cell.set(xscale="log", yscale="log")
         for name, points in curves.items():
             ours = name.startswith(("our", "scoresolve"))
             cell.plot(*zip(*points, strict=True), label=name, **line(order[name], ours))
