@@ -343,7 +343,7 @@ class Setting:
 
 
 SETTINGS = {
-    "small": Setting(SMALL, (5, 10, 20, 50), 64, DECISIVE, ("log_snr", "flow", "quadratic")),
+    "small": Setting(SMALL, (5, 10, 20), 64, DECISIVE, ("log_snr", "flow", "quadratic")),
     "wide": Setting(tuple(CASES), (5, 8, 10, 15, 20, 50), 128, DECISIVE),
     "one": Setting(SMALL[:1], (10, 20), 64, None, ("log_snr", "flow", "quadratic")),
     "full": Setting(tuple(CASES), BUDGETS, 256),
