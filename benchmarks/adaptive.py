@@ -335,12 +335,13 @@ def bracket(points: Sequence[Point], rms: float) -> Bracket | None:
     return min(pairs, key=lambda pair: pair.calls, default=None)
 
 
-def measure(full: bool = False) -> list[dict[str, object]]:
+def measure(full: bool = False, cases: Sequence[str] = SMALL) -> list[dict[str, object]]:
     """Calls and rows that each solver needs for an rms of 1e-3 and of 1e-4.
 
     Args:
         full: all cases, four tolerances a decade, and the points of every ladder as rows of their
-            own (some ten minutes), instead of three cases and two a decade (two minutes).
+            own (some ten minutes), instead of `cases` and two a decade (under a minute a case).
+        cases: names of `CASES`.
 
     Returns:
         Rows with `case`, `method`, `rms`, `calls`, `rows` and `tolerance`, which is empty where
@@ -349,7 +350,7 @@ def measure(full: bool = False) -> list[dict[str, object]]:
     torch.set_num_threads(1)
     methods, table = OURS | peers(), list[dict[str, object]]()
     costs: dict[tuple[str, float], list[tuple[float, float]]] = {}
-    for case in CASES if full else SMALL:
+    for case in CASES if full else cases:
         problem = Problem.of(case)
         for method, run in methods.items():
             points = ladder(run, problem, 4 if full else 2, min(TARGETS))
@@ -373,7 +374,9 @@ def _row(
     return {"case": case, "method": method} | {name: _short(v) for name, v in figures.items()}
 
 
-def measure_time(full: bool = False, rms: float = 1e-3) -> list[dict[str, object]]:
+def measure_time(
+    full: bool = False, rms: float = 1e-3, widths: Sequence[int] = WIDTHS
+) -> list[dict[str, object]]:
     """Wall time for an error with networks of two sizes, on one thread.
 
     Their cost is in proportion to the samples. Each solver is timed at the two tolerances that
@@ -384,6 +387,7 @@ def measure_time(full: bool = False, rms: float = 1e-3) -> list[dict[str, object
         full: all cases, four tolerances a decade and 15 repeats (many minutes), instead of two
             cases, two a decade and 3 repeats (three minutes).
         rms: the error.
+        widths: of the networks.
 
     Returns:
         Rows with `case`, `method`, `calls`, `rows`, `ms`, `call_ms` (of the network for the whole
@@ -402,7 +406,7 @@ def measure_time(full: bool = False, rms: float = 1e-3) -> list[dict[str, object
             for method, run in (_DEFAULT | theirs).items()
         }
         pairs = _thrifty({method: pair for method, pair in found.items() if pair})
-        for width in WIDTHS:
+        for width in widths:
             times, call = _times(pairs, problem, repeats, width)
             best, best_ode = (
                 min((t for name, t in times.items() if name.startswith(kinds)), default=math.nan)

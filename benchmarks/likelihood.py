@@ -12,7 +12,7 @@ once.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import util
 
 import torch
@@ -68,11 +68,14 @@ CASES: dict[str, tuple[Callable[[], GaussianMixture], GaussianSDE, int]] = {
     "low rank 3072-D, VP": (lambda: low_rank_mixture(3072, 1, 8, rest=0.2), VP(), 16),
 }
 
+SMALL = ("ring 2-D, VP", "few 16-D std 1, VP", "digits 64-D, VP")
 
-def measure(full: bool = False) -> list[dict[str, object]]:
+
+def measure(full: bool = False, cases: Sequence[str] = tuple(CASES)) -> list[dict[str, object]]:
     """RMS error in nats and mean cost per sample, a row for each case and method.
 
     Args:
+        cases: names of `CASES`.
         full: all costs of ours, and the exact trace of torchdiffeq also above 16 dimensions (many
             minutes), instead of two costs.
 
@@ -82,7 +85,8 @@ def measure(full: bool = False) -> list[dict[str, object]]:
     """
     torch.set_num_threads(1)
     rows: list[dict[str, object]] = []
-    for case, (make, sde, count) in CASES.items():
+    for case in cases:
+        make, sde, count = CASES[case]
         mixture = make()
         x = mixture.sample(count, seed=11)
         truth = mixture.log_prob(x)

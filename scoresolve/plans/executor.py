@@ -126,7 +126,7 @@ class Program:
         last_use[output] = len(stages)
         slot_of, free, owned = {0: 0}, list[int](), set[int]()
         self.slots = 1
-        call_number, outputs, self.keeps_outputs = 0, list[int](), False
+        call_number, outputs_used_until, self.keeps_outputs = 0, -1, False
         for i, stage in enumerate(stages):
             read = _inputs(stage)
             dying = [r for r in dict.fromkeys(read) if last_use[r] == i]
@@ -134,9 +134,9 @@ class Program:
             op = _OTHER
             detail: Any = stage
             if isinstance(stage, Call):
-                self.keeps_outputs |= any(last_use.get(r, -1) >= i for r in outputs)
+                self.keeps_outputs |= outputs_used_until >= i
                 op, detail, call_number = _CALL, (call_number, None), call_number + 1
-                outputs.append(stage.out)
+                outputs_used_until = max(outputs_used_until, last_use.get(stage.out, -1))
             elif isinstance(stage, Mark):
                 op = _MARK
             elif isinstance(stage, Combine):
