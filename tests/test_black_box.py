@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from scoresolve.peers import BlackBox, edm_sampler
 from scoresolve.targets import gaussian
 
 F64 = torch.float64
-FEW, INSIDE = (16, 32, 64), (0.5, 0.1)
+QUICK: dict[str, Any] = {"refinements": (32, 64), "budgets": (10,)}
 Run = Callable[..., Tensor]
 
 
@@ -86,18 +87,18 @@ def test_draws_of_torch_are_answered_by_the_state_of_their_generator() -> None:
     assert (draws.normals, draws.others) == (4, 1)
 
 
-# --- right samplers pass, and each fault is seen by the check that is made for it ------------------
+# --- right samplers pass, and each fault is seen by the check that is made for it ----------------
 
 
-@pytest.mark.parametrize(("name", "order"), [("heun", 2), ("ab3_v", 3)])
-def test_a_right_deterministic_function_passes(name: str, order: int) -> None:
-    certificate = ss.certify(box(ours(name), order=order), refinements=(32, 64, 128))
+@pytest.mark.parametrize("name", ["heun", "ab2_v"])
+def test_a_right_deterministic_function_passes(name: str) -> None:
+    certificate = ss.certify(box(ours(name), order=2), **QUICK)
     assert failed(certificate) == set(), str(certificate)
     assert certificate.nfe == ("2n" if name == "heun" else "n")
 
 
 def test_a_right_stochastic_function_fails_only_where_its_noise_knows_no_samples() -> None:
-    certificate = ss.certify(box(ours("dpmpp_2m_sde"), order=2, stochastic=True), refinements=FEW)
+    certificate = ss.certify(box(ours("dpmpp_2m_sde"), order=2, stochastic=True), **QUICK)
     assert failed(certificate) == {"gives the same sample in any batch"}, str(certificate)
 
 
@@ -105,9 +106,19 @@ def ddim(model: ss.Model, x: Tensor, times: Sequence[float], step: Run) -> Tenso
     """DDIM by hand, where `step(x0, eps, alpha, sigma)` makes the next state."""
     sde: Any = model.sde
     for t, s in itertools.pairwise(times):
-        x0, eps = (model.predict(kind, x, t) for kind in ("x0", "eps"))
-        x = step(x0, eps, sde.alpha(s), sde.sigma(s))
+        eps = model.predict("eps", x, t)
+        x = step((x - sde.sigma(t) * eps) / sde.alpha(t), eps, sde.alpha(s), sde.sigma(s))
     return x
+
+
+@functools.cache
+def found_in(run: Run) -> set[str]:
+    """The claims of order 1 that fail."""
+    return failed(ss.certify(box(run, order=1), **QUICK))
+
+
+def sound(model: ss.Model, x: Tensor, times: Sequence[float], noise: Run) -> Tensor:
+    return ddim(model, x, times, plain)
 
 
 def plain(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -162,11 +173,8 @@ def shrinks_at_every_step(model: ss.Model, x: Tensor, times: Sequence[float], no
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_each_fault_is_seen(run: Run, claim: str) -> None:
-    sound = failed(
-        ss.certify(box(lambda m, x, t, z: ddim(m, x, t, plain), order=1), refinements=FEW)
-    )
-    assert sound == {"refuses a model of the wrong shape"}
-    assert claim in failed(ss.certify(box(run, order=1), refinements=FEW)) - sound
+    assert found_in(sound) == {"refuses a model of the wrong shape"}
+    assert claim in found_in(run)
 
 
 def ancestral(share: float) -> Run:
@@ -187,8 +195,7 @@ def ancestral(share: float) -> Run:
 
 def test_half_the_noise_does_not_converge() -> None:
     right, wrong = (
-        ss.certify(box(ancestral(share), order=1, stochastic=True), refinements=(32, 64, 128))
-        for share in (1.0, 0.5)
+        ss.certify(box(ancestral(share), order=1, stochastic=True), **QUICK) for share in (1.0, 0.5)
     )
     assert "order 1 of the covariance" not in failed(right)
     assert "order 1 of the covariance" in failed(wrong)
@@ -199,11 +206,11 @@ def test_a_jump_to_zero_that_shrinks_too_slowly_is_seen() -> None:
     """Of order 2 inside, but the last level is 1/(n + 1)."""
 
     def run(model: ss.Model, x: Tensor, n: int, noise: Run) -> Tensor:
-        times = ss.make_grid("log_snr", model.sde, 8 * n, 0.9, 1 / (n + 1)).times
+        times = ss.make_grid("log_snr", model.sde, 2 * n, 0.9, 1 / (n + 1)).times
         return model.predict("x0", ours("heun")(model, x, times, noise), times[-1])
 
     made = BlackBox(run, order=2, start=0.9, end=0.0)
-    certificate = ss.certify(made, refinements=(16, 32, 64), budgets=(16,))
+    certificate = ss.certify(made, refinements=(16, 32), budgets=(4,))
     assert "order 2 of its last jump" in failed(certificate)
 
 
@@ -211,7 +218,7 @@ def test_what_a_sampler_raises_is_its_finding() -> None:
     def broken(model: ss.Model, x: Tensor, times: Sequence[float], noise: Run) -> Tensor:
         raise IndexError("list index out of range")
 
-    certificate = ss.certify(box(broken, order=1), refinements=FEW)
+    certificate = ss.certify(box(broken, order=1), **QUICK)
     assert {"has an exact law", "runs"} <= failed(certificate)
     assert "IndexError: list index" in str(certificate)
 
@@ -243,16 +250,16 @@ def edm(
 
 def test_a_sampler_with_the_interface_of_edm_is_certified() -> None:
     made = edm_sampler(edm)
-    certificate = ss.certify(made, refinements=FEW, budgets=(18,))
+    certificate = ss.certify(made, refinements=(16, 32), budgets=(18,))
     assert certificate.nfe == "2n - 1"
     assert "keeps the variance of narrow data at its end" in failed(certificate)  # it jumps to 0
     assert "order 2 of the path" not in failed(certificate)
-    churned = ss.certify(edm_sampler(edm, S_churn=10.0), refinements=FEW, budgets=(18,))
+    churned = ss.certify(edm_sampler(edm, S_churn=10.0), refinements=(16, 32), budgets=(18,))
     assert churned.errors["covariance"][-1] < 0.1
 
 
 def test_bad_claims_are_refused() -> None:
-    with pytest.raises(ArgumentError, match="callable|function"):
+    with pytest.raises(ArgumentError, match="give a function"):
         BlackBox(3)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="above 0"):
         BlackBox(plain, order=-1)

@@ -42,10 +42,8 @@ def unipc_vary_coeff(complete: bool, order: int = 3) -> Run:
     corrector leaves out k = K, and all terms of D_K but one, in which the indices do not agree.
     """
 
-    def run(
-        times: Sequence[float], x: Tensor, noise: Any, model: ss.Model = model_of(VP())
-    ) -> Tensor:
-        sde = VP()
+    def run(times: Sequence[float], x: Tensor, noise: Any, model: ss.Model | None = None) -> Tensor:
+        sde, model = VP(), model or model_of(VP())
         lam = {t: float(sde.log_snr(t)) / 2 for t in times}
         past = [(lam[times[0]], model.predict("x0", x, times[0]))]
         for t, s in itertools.pairwise(times):
@@ -113,10 +111,8 @@ def diff_sampler_rhoab(order: int, mended: bool = False) -> Run:
         github.com/zju-pi/diff-sampler: `get_deis_coeff_list` and `deis_sampler`.
     """
 
-    def run(
-        times: Sequence[float], x: Tensor, noise: Any, model: ss.Model = model_of(EDM())
-    ) -> Tensor:
-        past, weights = list[Tensor](), list[float]()
+    def run(times: Sequence[float], x: Tensor, noise: Any, model: ss.Model | None = None) -> Tensor:
+        model, past, weights = model or model_of(EDM()), list[Tensor](), list[float]()
         for i, (t, s) in enumerate(itertools.pairwise(times)):
             past = [model.predict("eps", x, t), *past][:order]
             count = 1 + min(i, order - 1 if mended else order)

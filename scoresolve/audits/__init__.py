@@ -81,7 +81,8 @@ def _defects(library: str, certificates: Sequence[Certificate]) -> tuple[Defect,
         for check in certificate.checks:
             if not check.passed:
                 cause = cause_of(library, certificate.solver, check.claim)
-                seen = found[cause, "" if cause else check.claim]
+                kind = re.sub(r"^order .*", "order", check.claim)
+                seen = found[cause, "" if cause else kind]
                 seen.setdefault(certificate.solver, (check.claim, check.seen))
     return tuple(
         Defect(

@@ -16,13 +16,13 @@ _CAUSES: tuple[tuple[str, str, str, str], ...] = (
     ),
     (
         "azula",
-        r"[zx]E?AB[34]",
+        r"[vzx]E?AB[34]",
         r"order",
         "the first steps have lower order, and nothing makes up for their error",
     ),
     (
         "azula",
-        r"ddim\(eta=0\).*",
+        r"ddim.*",
         r"draws no",
         "noise is drawn and multiplied by 0 when eta is 0",
     ),

@@ -136,7 +136,7 @@ def affine_law(
         predicted = predicted + unit(k)[-1] @ responses[size * k : size * (k + 1)]
     scale = linear.abs().max().clamp(min=offset.abs().max())
     gap = float((y[-1] - predicted).abs().max() / scale)
-    if gap > (1e-8 if box.dtype == torch.float64 else 1e-3):
+    if gap > (1e-6 if box.dtype == torch.float64 else 1e-3):
         raise NotAffine(f"answers to a sum and the sum of answers are {gap:.1e} apart")
     noise = responses.T @ responses
     return AffineLaw(

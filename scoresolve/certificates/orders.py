@@ -34,7 +34,7 @@ from scoresolve.plans import Plan
 from scoresolve.sampling import grid_for, sample
 from scoresolve.sampling import plan as make_plan
 from scoresolve.sde import GaussianSDE
-from scoresolve.solvers import DormandPrince, Solver
+from scoresolve.solvers import DormandPrince853, Solver
 from scoresolve.targets import GaussianMixture, gaussian, ring
 
 __all__ = [
@@ -361,7 +361,7 @@ def _exact_images(sde: GaussianSDE, ends: tuple[float, float]) -> tuple[Tensor, 
     target = _nonlinear()
     x = target.marginal(sde, ends[0]).sample(STARTS, seed=0)
     end = max(ends[1], sde.t_min)
-    reference = DormandPrince(REFERENCE, REFERENCE, coordinates="scaled")
+    reference = DormandPrince853(REFERENCE, REFERENCE, coordinates="scaled")
     out = sample(target.score_model(sde), sde, x=x, solver=reference, t_start=ends[0], t_end=end)
     return x, out.x
 

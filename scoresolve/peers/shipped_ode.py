@@ -80,12 +80,12 @@ def _run_torchsde(method: str, model: Model, x: Tensor, n: int, noise: Normals) 
     return y[-1]
 
 
-def torchsde_solver(method: str, order: float) -> BlackBox:
+def torchsde_solver(method: str, order: float | None) -> BlackBox:
     """`torchsde.sdeint` with a method and its own Brownian motion, on the reverse SDE of VP.
 
     Args:
         method: as "euler".
-        order: weak order of accuracy it claims.
+        order: weak order of accuracy it claims; None for srk, which is not linear in its noise.
     """
     run = partial(_run_torchsde, method)
     return BlackBox(
@@ -172,7 +172,7 @@ def _torchdiffeq_boxes() -> list[BlackBox]:
 
 BOXES: dict[str, Callable[[], list[BlackBox]]] = {
     "torchdiffeq": _torchdiffeq_boxes,
-    "torchsde": lambda: [torchsde_solver("euler", 1), torchsde_solver("srk", 1)],
+    "torchsde": lambda: [torchsde_solver("euler", 1), torchsde_solver("srk", None)],
     "torchode": lambda: [torchode_solver("dopri5", 5), torchode_solver("tsit5", 5)],
     "scipy": lambda: [scipy_solver("RK45", 5), scipy_solver("DOP853", 8)],
     "flow_matching": lambda: [
