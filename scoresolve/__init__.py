@@ -3,6 +3,7 @@
 from scoresolve import (
     bounds,
     chains,
+    distances,
     errors,
     gradients,
     guidance,
@@ -31,6 +32,7 @@ from scoresolve.bounds import (
 )
 from scoresolve.certificates import Certificate, certify
 from scoresolve.diagnostics import Diagnostics, diagnose
+from scoresolve.distances import DistanceTable, compare_samples, log_density_gap
 from scoresolve.driving import Samples
 from scoresolve.errors import ScoresolveError, SolveError, Status
 from scoresolve.fitting import GridFit, fit_grid
@@ -95,6 +97,7 @@ __all__ = [
     "CriticallyDampedLangevin",
     "Diagnostics",
     "DiscreteVP",
+    "DistanceTable",
     "ErrorBudget",
     "GaussianChain",
     "GaussianMixture",
@@ -125,11 +128,13 @@ __all__ = [
     "certify",
     "chains",
     "check_model",
+    "compare_samples",
     "continuous_bound",
     "dequantised_log_prob",
     "diagnose",
     "differentiable_log_likelihood",
     "differentiable_sample",
+    "distances",
     "encode",
     "errors",
     "fit_grid",
@@ -146,6 +151,7 @@ __all__ = [
     "ito_bound",
     "ito_log_density",
     "kernels",
+    "log_density_gap",
     "log_likelihood",
     "make_grid",
     "measure_scale",
