@@ -1,6 +1,5 @@
 """How far two laws are apart, every distance between samples beside its noise floor."""
 
-from scoresolve.distances.two_sample import classifier
 from scoresolve.distances.closed_form import (
     DensityGap,
     gaussian_kl,
@@ -18,6 +17,7 @@ from scoresolve.distances.floor import Distance, against_floor, draw_floor
 from scoresolve.distances.pairs import Pair, pair
 from scoresolve.distances.pairwise import energy, ksd, median_distance, mmd
 from scoresolve.distances.transport import ks, sliced_wasserstein, wasserstein
+from scoresolve.distances.two_sample import classifier
 
 __all__ = [
     "DISTANCES",

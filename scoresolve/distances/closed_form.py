@@ -13,7 +13,6 @@ the second form of W2 free of differences of large terms. For any density p and 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch

@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-from scoresolve.distances.two_sample import classifier
 from scoresolve.distances.closed_form import gap_of
 from scoresolve.distances.floor import Distance, against_floor, draw_floor
 from scoresolve.distances.pairs import Pair, Unavailable, pair
 from scoresolve.distances.pairwise import energy, ksd, mmd
 from scoresolve.distances.transport import ks, sliced_wasserstein, wasserstein
+from scoresolve.distances.two_sample import classifier
 from scoresolve.errors import ArgumentError, known_name
 
 __all__ = ["DISTANCES", "DistanceTable", "Measure", "compare_samples", "log_density"]

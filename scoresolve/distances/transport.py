@@ -18,7 +18,7 @@ from scipy.stats import ks_2samp
 from torch import Tensor
 
 from scoresolve.distances.floor import Distance, against_floor, draw_floor
-from scoresolve.distances.pairs import Pair, Unavailable
+from scoresolve.distances.pairs import LEAST, Pair, Unavailable
 from scoresolve.errors import real_number, whole_number
 from scoresolve.noise import Purpose
 
@@ -77,7 +77,7 @@ def wasserstein(pair: Pair, *, order: float = 2, most: int = 500, draws: int = 3
         Villani 2009, "Optimal transport: old and new", chapter 6; scipy's assignment, or POT.
     """
     p = real_number("order", order, least=1)
-    most = whole_number("most", most, least=8, most=10_000)
+    most = whole_number("most", most, least=LEAST, most=10_000)
     pair = pair if pair.x.shape[1] == 1 else pair.take(most)
 
     def statistic(x: Tensor, y: Tensor) -> float:
@@ -163,17 +163,21 @@ def _transport(x: Tensor, y: Tensor, p: float) -> Tensor:
 
 def _kolmogorov_smirnov(x: Tensor, y: Tensor) -> Tensor:
     """sup |F - G| of every row of `x` [L, N] and `y` [L, M], float64 [L]."""
-    first, second = _sorted(x), _sorted(y)
-    steps = torch.cat([first, second], 1)
-    f, g = (
-        torch.searchsorted(each, steps, right=True).double() / each.shape[1]
-        for each in (first, second)
-    )
-    return (f - g).abs_().max(1).values
+    both = torch.cat([x, y], 1)
+    # numpy sorts some ten times as fast as torch on a CPU.
+    order = torch.from_numpy(both.numpy().argsort(1)) if _on_cpu(both) else both.argsort(1)
+    steps = torch.full(order.shape, -1 / y.shape[1], dtype=torch.float64, device=x.device)
+    steps[order < x.shape[1]] = 1 / x.shape[1]
+    gaps = steps.cumsum(1)[:, :-1].abs_()
+    values = both.gather(1, order)
+    gaps[values[:, 1:] == values[:, :-1]] = 0  # between equal values neither law has a value
+    return gaps.max(1).values
 
 
 def _sorted(x: Tensor) -> Tensor:
     """The rows of `x` [L, N], each in order."""
-    if x.device.type != "cpu":
-        return x.sort(1).values
-    return torch.from_numpy(np.sort(x.numpy(), axis=1))  # some ten times as fast as torch's
+    return torch.from_numpy(np.sort(x.numpy(), axis=1)) if _on_cpu(x) else x.sort(1).values
+
+
+def _on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu"
