@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from scoresolve.models import Model
     from scoresolve.sde import GaussianSDE
+    from scoresolve.targets import GaussianMixture
 
 __all__ = ["main"]
 
@@ -182,9 +183,7 @@ def _resolve(
     denoiser = (model is None and target is None) or prediction == "denoiser"
     sde = _process(process or ("edm" if denoiser else "vp"), process_options)
     if target is not None:
-        mixture = (
-            ss.targets.ring() if target == "ring" else ss.targets.random_mixture(16, 10, seed=0)
-        )
+        mixture = _target(target)
         return mixture.score_model(sde), sde, mixture.event_shape
     if model is None:
         from scoresolve.digits import load_network
@@ -200,6 +199,12 @@ def _resolve(
     if denoiser:
         return ss.from_denoiser(net, sde if isinstance(sde, ss.EDM) else None), sde, None
     return NetworkModel(net, sde, prediction or "score"), sde, None
+
+
+def _target(name: str) -> GaussianMixture:
+    from scoresolve.targets import random_mixture, ring
+
+    return ring() if name == "ring" else random_mixture(16, 10, seed=0)
 
 
 def _save(path: Path, arrays: dict[str, Tensor]) -> None:
@@ -435,6 +440,53 @@ def certify(
         click.echo("\n\n".join(map(str, certificates)))
     if not all(certificate.passed for certificate in certificates):
         raise SystemExit(1)
+
+
+@main.command()
+@click.argument("samples", type=click.Path(exists=True, path_type=Path))
+@click.option("--target", type=click.Choice(TARGETS), help="The mixture they should be from; or")
+@click.option(
+    "--reference", type=click.Path(exists=True, path_type=Path), help="a file of other samples."
+)
+@click.option(
+    "--sde",
+    "process",
+    type=click.Choice(list(PROCESSES)),
+    help="Take the target's law at t_min of this process, where `sample` ends.",
+)
+@click.option("--sde-option", "process_options", multiple=True, metavar="KEY=NUMBER")
+@click.option("--distance", "chosen", multiple=True, help="Only this one; may be repeated.")
+@click.option("--draws", type=int, help="Draws of every noise floor, at least 19.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def distances(
+    samples: Path,
+    target: str | None,
+    reference: Path | None,
+    process: str | None,
+    process_options: tuple[str, ...],
+    chosen: tuple[str, ...],
+    draws: int | None,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """How far SAMPLES, a file, are from a law, each distance beside its noise floor.
+
+    \b
+    scoresolve distances samples.safetensors --target ring --sde vp
+    """
+    import scoresolve as ss
+
+    if (target is None) == (reference is None):
+        raise click.UsageError("give --target or --reference")
+    if process is not None and target is None:
+        raise click.UsageError("--sde is the process of a --target: leave it out")
+    against = _read(reference) if reference is not None else _target(str(target))
+    if process is not None and isinstance(against, ss.GaussianMixture):
+        sde = _process(process, process_options)
+        against = against.marginal(sde, sde.t_min)
+    table = ss.compare_samples(_read(samples), against, chosen or None, draws=draws, seed=seed)
+    click.echo(table.to_json() if as_json else str(table))
 
 
 @main.command()

@@ -117,7 +117,8 @@ def gap_of(at_samples: Tensor, at_exact: Tensor) -> DensityGap:
 def _root(law: GaussianMixture) -> Tensor:
     """L with L L^T the covariance, [D, D]."""
     values, vectors = torch.linalg.eigh(law.covariance.double())
-    return vectors * values.clamp(min=0).sqrt()
+    root: Tensor = vectors * values.clamp(min=0).sqrt()
+    return root
 
 
 def _require_gaussians(p: GaussianMixture, q: GaussianMixture) -> None:

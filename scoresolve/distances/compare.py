@@ -106,7 +106,7 @@ class DistanceTable:
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
             for row in rows
         ]
-        return "\n".join([*lines, *(f"left out: {name} {why}" for name, why in self.left_out)])
+        return "\n".join([*lines, *(f"left out: {why}" for _, why in self.left_out)])
 
     def to_json(self) -> str:
         """The table as JSON, with what is left out."""
@@ -151,22 +151,18 @@ def compare_samples(
     if isinstance(distances, str):
         raise ArgumentError(f"distances = {distances!r}: give a sequence of names")
     chosen = [*DISTANCES] if distances is None else [*distances]
-    measures = {
-        each if isinstance(each, str) else f"number {number}": DISTANCES[
-            known_name("distance", each, DISTANCES)
-        ]
-        if not callable(each)
-        else each
-        for number, each in enumerate(chosen)
-    }
+    measures = [
+        each if callable(each) else DISTANCES[known_name("distance", each, DISTANCES)]
+        for each in chosen
+    ]
     both = pair(x, reference, score=score, seed=seed, chunk=chunk)
     options = {} if draws is None else {"draws": draws}
     found, left_out = [], []
-    for name, measure in measures.items():
+    for name, measure in zip(chosen, measures, strict=True):
         try:
             found.append(measure(both, **options))
         except Unavailable as error:
             if distances is not None:
                 raise
-            left_out.append((name, str(error).removeprefix(f"{name} ")))
+            left_out.append((str(name), str(error)))
     return DistanceTable(tuple(found), tuple(left_out))

@@ -68,14 +68,15 @@ class Pair:
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log-density of the target at `x` [B, D], float64 [B]; raises `Unavailable`."""
-        if not callable(getattr(self.target, "log_prob", None)):
-            raise Unavailable("needs a target with log_prob as the reference")
-        return at_rows(self.target.log_prob, x.double().reshape(-1, *self.event))
+        log_prob = getattr(self.target, "log_prob", None)
+        if not callable(log_prob):
+            raise Unavailable("log_density needs a target with log_prob as the reference")
+        return at_rows(log_prob, x.double().reshape(-1, *self.event))
 
     def score(self, x: Tensor) -> Tensor:
         """Score of the reference at `x` [B, D], of the same shape; raises `Unavailable`."""
         if self.score_function is None:
-            raise Unavailable("needs a target with a score as the reference, or score=")
+            raise Unavailable("ksd needs a target with a score as the reference, or score=")
         found = at_rows(self.score_function, x.reshape(-1, *self.event))
         if found.shape != (len(x), *self.event):
             raise ShapeError(
@@ -105,8 +106,7 @@ class Pair:
         if (n, m) == self.sizes:
             return self
         # Orders from the far end, which no floor reaches.
-        chosen = (self.order(2**32 - 1 - i, size) for i, size in enumerate(self.sizes))
-        first, second = chosen
+        first, second = (self.order(2**32 - 1 - i, size) for i, size in enumerate(self.sizes))
         return replace(self, x=self.x[first[:n]], y=self.y[second[:m]])
 
 
@@ -181,7 +181,7 @@ def draw(target: Any, count: int, seed: int, number: int) -> Tensor:
 def at_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """`function` at the rows of `x`, some at a time and without gradients."""
     with torch.no_grad():
-        return torch.cat([function(part) for part in x.split(_ROWS)])
+        return torch.cat([function(part) for part in torch.split(x, _ROWS)])
 
 
 def _checked(name: str, x: Tensor) -> Tensor:
