@@ -208,7 +208,7 @@ def test_the_stein_kernel_is_that_of_its_derivatives() -> None:
             by_a, by_b = torch.autograd.grad(k(a, b), (a, b), create_graph=True)
             mixed = sum(torch.autograd.grad(by_a[e], b, retain_graph=True)[0][e] for e in range(3))
             u = k(a, b) * scores[i] @ scores[j] + scores[i] @ by_b + scores[j] @ by_a + mixed
-            total += 2 * float(u)
+            total += 2 * float(u.detach())
     assert ksd(pair(x, mixture), bandwidth=h).value == pytest.approx(total / 56, rel=1e-9)
 
 
