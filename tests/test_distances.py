@@ -304,9 +304,9 @@ def test_ks_is_that_of_scipy_with_ties_and_bonferroni() -> None:
 def test_the_classifier_is_judged_on_rows_it_has_not_seen() -> None:
     # The best area for a shift d is Phi(d / sqrt 2); its error for n rows of either is below
     # that under equal laws, sqrt(1 / 6 n).
-    x, y, error = normal(200, 2), normal(200, 2, seed=1), math.sqrt(1 / 1200)
+    x, y, error = normal(200, 16), normal(200, 16, seed=1), math.sqrt(1 / 1200)
     for d in (0.0, 2.0):
-        shift = torch.tensor([d, 0.0], dtype=F64)
+        shift = d * torch.eye(16, dtype=F64)[0]
         found = ss.compare_samples(x + shift, y, ("classifier",), draws=19)["classifier"]
         assert abs(found.value - stats.norm.cdf(d / math.sqrt(2))) < 4 * error
         assert found.above_noise == (d > 0)
