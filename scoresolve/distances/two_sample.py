@@ -42,6 +42,7 @@ def classifier(pair: Pair, *, most: int = 1000, draws: int = 19) -> Distance:
         from sklearn.metrics import roc_auc_score
         from sklearn.model_selection import StratifiedKFold
         from sklearn.neighbors import KNeighborsClassifier
+        from threadpoolctl import threadpool_limits
     except ImportError as error:
         raise Unavailable("classifier needs scikit-learn: pip install 'scoresolve[fit]'") from error
     pair = pair.take(whole_number("most", most, least=LEAST))
@@ -68,11 +69,7 @@ def classifier(pair: Pair, *, most: int = 1000, draws: int = 19) -> Distance:
             hits.append(np.mean((votes > 0.5) == labels[held]))
         return float(np.mean(areas)), float(np.mean(hits))
 
-    value, accuracy = scores(pair.x, pair.y)
-    return against_floor(
-        "classifier",
-        value,
-        draw_floor(pair, lambda x, y: scores(x, y)[0], draws),
-        pair,
-        detail=f"accuracy {accuracy:.3f}",
-    )
+    with threadpool_limits(1):  # matrices so small that further threads only wait
+        value, accuracy = scores(pair.x, pair.y)
+        floor = draw_floor(pair, lambda x, y: scores(x, y)[0], draws)
+    return against_floor("classifier", value, floor, pair, detail=f"accuracy {accuracy:.3f}")
