@@ -333,11 +333,14 @@ def test_the_floor_is_the_quantile_that_a_further_draw_exceeds_in_5_percent() ->
 
 @pytest.mark.parametrize(
     ("name", "exact"),
-    [*((name, True) for name in DISTANCES), *((name, False) for name in ("energy", "mmd", "ks"))],
+    [
+        *((name, True) for name in DISTANCES if name != "classifier"),
+        *((name, False) for name in ("energy", "mmd", "ks")),
+    ],
 )
 def test_exact_samples_exceed_the_floor_in_5_percent(name: str, exact: bool) -> None:
     target = ss.targets.random_mixture(2, 3, seed=1)
-    seeds = 2 if name == "classifier" else 20
+    seeds = 20
     above, values = 0, []
     for seed in range(seeds):
         x = target.sample(32, seed=100 + seed)
@@ -371,7 +374,7 @@ def wrong(error: str) -> Tensor:
 @pytest.mark.parametrize("error", ["shift", "scale", "mode", "correlation"])
 @pytest.mark.parametrize("name", DISTANCES)
 def test_every_distance_sees_what_the_page_says_it_sees(name: str, error: str) -> None:
-    rows = 200 if name == "classifier" else 400
+    rows = 120 if name == "classifier" else 400
     found = ss.compare_samples(wrong(error)[:rows], BROAD, (name,), draws=19)[name]
     blind = {("log_density", "mode"), ("log_density", "correlation")}
     assert found.above_noise == ((name, error) not in blind)
