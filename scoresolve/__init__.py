@@ -3,6 +3,7 @@
 from scoresolve import (
     bounds,
     chains,
+    distances,
     errors,
     gradients,
     guidance,
@@ -32,6 +33,7 @@ from scoresolve.bounds import (
 )
 from scoresolve.certificates import Certificate, certify
 from scoresolve.diagnostics import Diagnostics, diagnose
+from scoresolve.distances import DistanceTable, compare_samples, log_density_gap
 from scoresolve.driving import Samples
 from scoresolve.errors import ScoresolveError, SolveError, Status
 from scoresolve.fitting import GridFit, fit_grid
@@ -99,6 +101,7 @@ __all__ = [
     "CriticallyDampedLangevin",
     "Diagnostics",
     "DiscreteVP",
+    "DistanceTable",
     "ErrorBudget",
     "GaussianChain",
     "GaussianMixture",
@@ -130,11 +133,13 @@ __all__ = [
     "certify",
     "chains",
     "check_model",
+    "compare_samples",
     "continuous_bound",
     "dequantised_log_prob",
     "diagnose",
     "differentiable_log_likelihood",
     "differentiable_sample",
+    "distances",
     "encode",
     "errors",
     "fit_grid",
@@ -151,6 +156,7 @@ __all__ = [
     "ito_bound",
     "ito_log_density",
     "kernels",
+    "log_density_gap",
     "log_likelihood",
     "make_grid",
     "measure_scale",

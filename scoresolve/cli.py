@@ -210,6 +210,12 @@ def _resolve(
     return NetworkModel(net, sde, prediction or "score"), sde, None
 
 
+def _target(name: str) -> GaussianMixture:
+    from scoresolve.targets import random_mixture, ring
+
+    return ring() if name == "ring" else random_mixture(16, 10, seed=0)
+
+
 def _save(path: Path, arrays: dict[str, Tensor]) -> None:
     if path.suffix == ".npz":
         import numpy as np
@@ -534,6 +540,53 @@ def audit(
         out.write_text(write.get(out.suffix, lambda: text)(), encoding="utf-8")
     if not all(found.passed for found in audits):
         raise SystemExit(1)
+
+
+@main.command()
+@click.argument("samples", type=click.Path(exists=True, path_type=Path))
+@click.option("--target", type=click.Choice(TARGETS), help="The mixture they should be from; or")
+@click.option(
+    "--reference", type=click.Path(exists=True, path_type=Path), help="a file of other samples."
+)
+@click.option(
+    "--sde",
+    "process",
+    type=click.Choice(list(PROCESSES)),
+    help="Take the target's law at t_min of this process, where `sample` ends.",
+)
+@click.option("--sde-option", "process_options", multiple=True, metavar="KEY=NUMBER")
+@click.option("--distance", "chosen", multiple=True, help="Only this one; may be repeated.")
+@click.option("--draws", type=int, help="Draws of every noise floor, at least 19.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def distances(
+    samples: Path,
+    target: str | None,
+    reference: Path | None,
+    process: str | None,
+    process_options: tuple[str, ...],
+    chosen: tuple[str, ...],
+    draws: int | None,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """How far SAMPLES, a file, are from a law, each distance beside its noise floor.
+
+    \b
+    scoresolve distances samples.safetensors --target ring --sde vp
+    """
+    import scoresolve as ss
+
+    if (target is None) == (reference is None):
+        raise click.UsageError("give --target or --reference")
+    if process is not None and target is None:
+        raise click.UsageError("--sde is the process of a --target: leave it out")
+    against = _read(reference) if reference is not None else _target(str(target))
+    if process is not None and isinstance(against, ss.GaussianMixture):
+        sde = _process(process, process_options)
+        against = against.marginal(sde, sde.t_min)
+    table = ss.compare_samples(_read(samples), against, chosen or None, draws=draws, seed=seed)
+    click.echo(table.to_json() if as_json else str(table))
 
 
 @main.command()

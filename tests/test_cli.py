@@ -156,6 +156,25 @@ def test_certify_tells_pass_from_fail_by_its_exit_code(monkeypatch: pytest.Monke
     assert "FAILED" in result.output
 
 
+def test_distances_are_those_of_the_verb(folder: Path) -> None:
+    ring = ss.targets.ring()
+    x = ring.sample(40) + 0.3
+    np.savez(folder / "x.npz", x=x.numpy())
+    options = ("--distance", "ks", "--distance", "log_density", "--draws", "19")
+    result = run("distances", "x.npz", "--target", "ring", "--seed", "2", *options)
+    assert result.exit_code == 0, result.output
+    expected = ss.compare_samples(x, ring, ("ks", "log_density"), draws=19, seed=2)
+    assert result.output == f"{expected}\n"
+    rows = json.loads(
+        run("distances", "x.npz", "--target", "ring", "--sde", "vp", "--json", *options).output
+    )["distances"]
+    law = ring.marginal(ss.VP(), ss.VP().t_min)
+    expected = ss.compare_samples(x, law, ("ks", "log_density"), draws=19)
+    assert [row["value"] for row in rows] == [each.value for each in expected.distances]
+    same = run("distances", "x.npz", "--reference", "x.npz", "--distance", "ks")
+    assert same.exit_code == 0 and "within noise" in same.output
+
+
 def test_solvers_lists_the_registry() -> None:
     table = run("solvers").output
     rows = json.loads(run("solvers", "--json").output)
@@ -183,6 +202,9 @@ def test_solvers_lists_the_registry() -> None:
         (("verify", "--model", "scoresolve.cli:main"), "give --data"),
         (("plot", "nothing"), "unknown picture"),
         (("plot",), "name a picture"),
+        (("distances", __file__, "--target", "ring"), ".npz or .npy"),
+        (("distances", __file__), "--target or --reference"),
+        (("distances", __file__, "--reference", __file__, "--sde", "vp"), "leave it out"),
     ],
 )
 def test_a_wrong_call_gets_one_line_and_exit_code_2(

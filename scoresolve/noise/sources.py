@@ -62,6 +62,7 @@ class Purpose(IntEnum):
     CHAIN = 7
     ACCEPT = 8
     OBJECTIVE = 9
+    DISTANCE = 10
 
 
 class NoiseSource(ABC):
