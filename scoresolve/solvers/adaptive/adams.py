@@ -14,8 +14,8 @@ The call at y^p makes phi'_0 = f' and phi'_{j+1} = phi'_j - phi_j, and
     corrector    y' = y^p + h g_p phi'_p,    of order p + 1; that of order p is off by
     error        h (g_p - g_{p-1}) phi'_p.
 
-In the next step, to u'', phi'_j counts for (u'' - u') (u'' - u_0) ... over (u' - u_0) (u' - u_1) ...
-of itself. Before the start the slope counts as constant.
+In the next step, to u'', phi_j is phi'_j times (u'' - u')/(u' - u_0) (u'' - u_0)/(u' - u_1) ..., of
+j factors. Before the start the slope counts as constant.
 
 The slope at y^p serves as that of the next step, so a step costs one call (PEC mode). The errors of
 the orders below and above tell which would allow the longest next step.
@@ -106,7 +106,7 @@ class AdaptiveAdams(Adaptive):
             new.append(new[-1] - term)
         found = torch.stack(new)
         at = torch.from_numpy((orders * len(u) + every).ravel()).to(y.device)
-        top = found.flatten(0, 1).index_select(0, at).unflatten(0, (3, -1))
+        top = found.flatten(0, 1).index_select(0, at).reshape(3, *y.shape)
         y = y + lift(h * g[order, every], y) * top[0]
         memory = (
             order,

@@ -111,9 +111,12 @@ class Time(Coordinates):
 
 
 class _Schedule(NamedTuple):
-    """At some u: the time, x/y, the shares of x and the prediction in dy/du, and the unit of y."""
+    """At some u: the time, as the model sees it too, x/y, what x and the prediction count for in
+    dy/du, and the unit of y.
+    """
 
     t: Numbers
+    seen: Numbers
     size: Numbers
     of_state: Numbers
     of_prediction: Numbers
@@ -149,29 +152,31 @@ class _Gaussian(Coordinates):
             self._known = u, _Schedule(*padded(self._schedule, u))
         return self._known[1]
 
-    def _schedule(self, u: Numbers) -> _Schedule:
+    def _schedule(self, u: Numbers) -> tuple[Numbers, ...]:
         with np.errstate(divide="ignore", invalid="ignore"):  # at alpha = 0 and at sigma = 0
-            t = self.sde.time_from_log_snr(torch.from_numpy(self.log_snr(u)))
-            t = t.clamp(min(self._ends), max(self._ends)).numpy()
+            known = self.sde.time_from_log_snr(torch.from_numpy(self.log_snr(u)))
+            t = known.clamp(min(self._ends), max(self._ends)).numpy()
             t[u == self.start], t[u == self.end] = self._ends
-            seen = self.drift.rounded(t).double()  # the model's own time
-            alpha, sigma = self.sde.alpha(seen).numpy(), self.sde.sigma(seen).numpy()
-            rates = (math.nan, math.nan)
+            seen = self.drift.rounded(t)
+            at = seen.double()
+            alpha, sigma = self.sde.alpha(at).numpy(), self.sde.sigma(at).numpy()
+            point: Any = (alpha, sigma, math.nan, math.nan)
             if self.prediction == "flow":  # alone it needs how the schedule moves
-                rates = self.sde.alpha_dot(seen).numpy(), self.sde.sigma_dot(seen).numpy()
+                point = [torch.as_tensor(part).numpy() for part in self.sde.point(at)]
             size, typical = self.size(alpha, sigma), np.hypot(sigma, self.scale * alpha)
             mix: Any = self.mix(alpha, sigma, size)
-            shares: Any = conversion(self.prediction, mix, SchedulePoint(alpha, sigma, *rates))
-            return _Schedule(t, size, *shares, size / typical)
+            shares: Any = conversion(self.prediction, mix, SchedulePoint(*point))
+            return t, seen.numpy(), size, *shares, size / typical
 
     def time(self, u: Numbers) -> Numbers:
         return self.schedule(u).t
 
     def slope(self, y: Tensor, u: Numbers, place: Numbers) -> Tensor:
         at = self.schedule(u)
-        size, kept, gained = lift(np.array(at[1:4]), y).unbind()
+        size, kept, gained = lift(np.array(at[2:5]), y).unbind()
         x = size * y
-        prediction = self.drift(x, self.drift.times(at.t), torch.from_numpy(place))
+        seen = torch.from_numpy(at.seen).to(y.device)
+        prediction = self.drift(x, seen, torch.from_numpy(place))
         return kept * x + gained * prediction
 
     def state(self, y: Tensor, u: Numbers) -> Tensor:

@@ -220,7 +220,8 @@ class Adaptive(Integrator):
         sound = np.where(np.isfinite(error), error, 1.0).clip(min=_LEAST_ERROR)
         factor = self.safety * sound ** (-(p + i + d) / q)
         grown = factor * (one ** ((p + 2 * d) / q) * two ** (-d / q))
-        return np.where(accept, grown, factor).clip(min=_MIN_FACTOR), rows
+        past = np.where(accept, (error.clip(min=_LEAST_PAST), one), rows.past)
+        return np.where(accept, grown, factor).clip(min=_MIN_FACTOR), rows._replace(past=past)
 
     def solve(
         self,
@@ -333,9 +334,9 @@ class Adaptive(Integrator):
             errors = _coupled(errors)
         accept = errors[0] <= 1
         before = record.see(rows, u, trial.y, trial.slope, value, accept)
-        new = rows._replace(y=trial.y, slope=trial.slope, memory=trial.memory)
-        moved = new.revert(rows, (~accept).nonzero()[0])._replace(before=before)
-        return record.stop(self._control(way, moved, h, u, errors, accept))
+        new = rows._replace(y=trial.y, slope=trial.slope, memory=trial.memory, before=before)
+        new = new.revert(rows, (~accept).nonzero()[0])
+        return record.stop(self._control(way, new, h, u, errors, accept))
 
     def _control(
         self,
@@ -347,22 +348,22 @@ class Adaptive(Integrator):
         accept: Numbers,
     ) -> Rows:
         """The rows' places, next steps and statuses after trial steps `h` with their errors."""
-        finite, past = np.isfinite(errors[0]), rows.past
+        finite = np.isfinite(errors[0])
         factor, rows = self.resize(rows, errors, accept)
         h = h * np.where(finite, np.minimum(factor, rows.growth), _NONFINITE_FACTOR)
         accepted, rejected = rows.accepted + accept, rows.rejected + ~accept
         u = np.where(accept, u, rows.u)
-        hopeless = ~finite & ((h < _LEAST_TRY * way.length) | (self.coupled and finite.any()))
+        hopeless = math.inf if self.coupled and finite.any() else _LEAST_TRY * way.length
+        least = np.where(finite, way.least_step, max(hopeless, way.least_step))
         failed = np.where(finite, int(Status.STEP_LIMIT), int(Status.NONFINITE))
-        spent = np.where(accepted + rejected >= self.max_steps, int(Status.STEP_LIMIT), 0)
-        status = np.where(hopeless | (h < way.least_step), failed, spent)
-        kept = np.array((errors[0].clip(min=_LEAST_PAST), past[0]))
+        spent = int(Status.STEP_LIMIT) * (accepted + rejected >= self.max_steps)
+        status = np.where(h < least, failed, spent)
+        status[u == way.end] = int(Status.OK)
         return rows._replace(
             u=u,
             h=h,
-            past=np.where(accept, kept, past),
             growth=np.where(accept, _MAX_FACTOR, 1.0),
-            status=np.where(u == way.end, 0, status),
+            status=status,
             accepted=accepted,
             rejected=rejected,
         )

@@ -79,6 +79,8 @@ class Rows(NamedTuple):
         at = torch.from_numpy(index).to(self.y.device)
 
         def kept(new: Part, old: Part) -> Any:
+            if new is old:
+                return new
             if isinstance(new, Tensor) and isinstance(old, Tensor):
                 dim = new.ndim - self.y.ndim
                 return new.index_copy(dim, at, old.index_select(dim, at))
@@ -136,23 +138,23 @@ def lift(rows: Numbers, x: Tensor) -> Tensor:
 
 def row_norm(error: Tensor) -> Numbers:
     """Root mean square over each row of [n, b, *event], [n, b]."""
-    squares = error.square().reshape(error.shape[:2].numel(), -1)
-    size = squares.shape[1]
-    while squares.shape[1] > _FEW:
-        squares = _folded(squares)
-    columns = squares.cpu().double().numpy()
-    while columns.shape[1] > 1:
-        columns = _folded(columns)
-    norms: Numbers = np.sqrt(columns / size).reshape(error.shape[:2])
+    squares: Any = error.square().reshape(error.shape[:2].numel(), -1).T
+    size = len(squares)
+    while len(squares) > _FEW:
+        squares = _pairs(squares)
+    squares = np.ascontiguousarray(squares.cpu().double().numpy())
+    while len(squares) > 1:
+        squares = _pairs(squares)
+    norms: Numbers = np.sqrt(squares[0] / size).reshape(error.shape[:2])
     return norms
 
 
-def _folded(v: Part) -> Any:
-    """The left half of [b, n] plus the right half; where n is odd, its first column has the last."""
-    half = v.shape[1] // 2
-    total = v[:, :half] + v[:, half : 2 * half]
-    if v.shape[1] % 2:
-        total[:, 0] += v[:, -1]
+def _pairs(v: Any) -> Any:
+    """Sums [n // 2, b] of two of [n, b], the first of three if n is odd."""
+    half = len(v) // 2
+    total = v[:half] + v[half : 2 * half]
+    if len(v) % 2:
+        total[0] += v[-1]
     return total
 
 
