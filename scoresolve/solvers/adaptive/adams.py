@@ -1,14 +1,21 @@
 r"""Adams methods of variable step and order, one call a step: the default adaptive solver.
 
-With slopes f known at the last places u_0 (the newest), u_1, ... and their divided differences
-phi_j = f[u_0, ..., u_j], the polynomial through p slopes gives over a step from u_0 to u'
+With slopes f known at the last places u_0 (the newest), u_1, ... and a step h from u_0 to u', let
 
-    predictor    y^p = y + sum_{j < p} g_j phi_j,    g_j = int (u - u_0) ... (u - u_{j-1}) du.
+    phi_j = f[u_0, ..., u_j] (u' - u_0) ... (u' - u_{j-1}),
+    g_j = int_0^1 (1 - a_0 r) ... (1 - a_{j-1} r) dr,    a_j = h/(u' - u_j).
 
-The call at y^p makes phi'_0 = f' and phi'_{j+1} = (phi'_j - phi_j)/(u' - u_j), and
+The polynomial through p slopes gives
 
-    corrector    y' = y^p + g_p phi'_p,    of order p + 1; that of order p is off by
-    error        phi'_p (g_p - (u' - u_{p-1}) g_{p-1}).
+    predictor    y^p = y + h sum_{j < p} g_j phi_j.
+
+The call at y^p makes phi'_0 = f' and phi'_{j+1} = phi'_j - phi_j, and
+
+    corrector    y' = y^p + h g_p phi'_p,    of order p + 1; that of order p is off by
+    error        h (g_p - g_{p-1}) phi'_p.
+
+In the next step, to u'', phi_j is phi'_j times (u'' - u')/(u' - u_0) (u'' - u_0)/(u' - u_1) ..., of
+j factors. Before the start the slope counts as constant.
 
 The slope at y^p serves as that of the next step, so a step costs one call (PEC mode). The errors of
 the orders below and above tell which would allow the longest next step.
@@ -25,14 +32,14 @@ import torch
 from scoresolve.errors import whole_number
 from scoresolve.solvers.adaptive.coordinates import Coordinates
 from scoresolve.solvers.adaptive.loop import Adaptive, Trial
-from scoresolve.solvers.adaptive.rows import Numbers, Rows, lifted
+from scoresolve.solvers.adaptive.rows import Numbers, Rows, lift
 
 __all__ = ["AdaptiveAdams"]
 
-_POINTS, _SHARES = (v / 2 for v in np.polynomial.legendre.leggauss(4))
-
 _GROWTH: Final = 3.0
 _FIRST: Final = 1 / 20
+_ORDERS: Final = np.array([[0], [-1], [1]])
+"""The order, and those below and above."""
 
 
 class AdaptiveAdams(Adaptive):
@@ -73,44 +80,47 @@ class AdaptiveAdams(Adaptive):
         self.order = float(self.most)
 
     def memory(self, way: Coordinates, rows: Rows) -> tuple[Any, ...]:
-        """Order, number of slopes known, their places [b, q] and differences [b, q, *event]."""
-        one, kept = np.ones_like(rows.place), self.most + 1
-        rest = torch.zeros_like(rows.slope)[:, None].expand(-1, kept - 1, *rows.slope.shape[1:])
-        differences = torch.cat([rows.slope[:, None], rest], 1)
-        return one, one, rows.u[:, None].repeat(kept, 1), differences
+        """Order, number of slopes known, their places [q, b] and the phi' [q, b, *event]."""
+        one = np.ones_like(rows.place)
+        places = rows.u - way.sign * way.length * np.arange(self.most)[:, None]
+        constant = torch.zeros_like(rows.slope).expand(self.most - 1, *rows.slope.shape)
+        return one, one, places, torch.cat([rows.slope[None], constant])
 
     def trial(self, way: Coordinates, rows: Rows, u: Numbers, h: Numbers) -> Trial:
-        order, known, places, differences = rows.memory
-        old, slots, every = differences.unbind(1), np.arange(self.most + 1), np.arange(len(u))
-        ahead, g = u[:, None] - places, _integrals(places, rows.u, h)
-        near, far = order.max(), known.max()
-        shares = np.where(slots < order[:, None], g[:, :-1], 0.0)[:, :near]
-        inverse = np.where(slots < known[:, None], 1 / ahead, 0.0)[:, :far]
-        orders = np.stack((order, np.maximum(order - 1, 1), order + 1))
-        off = (g[:, 1:] - ahead * g[:, :-1])[every, orders - 1]
-        weights = lifted((*shares.T, *inverse.T, g[every, order], *off), rows.y)
+        order, known, places, found = rows.memory
+        ahead, behind, every = u - places, places[0] - places, np.arange(len(u))
+        scale, g = np.ones_like(ahead), _integrals(h / ahead)
+        for j in range(1, self.most):
+            scale[j] = scale[j - 1] * ahead[j - 1] / behind[j]
+        shares = h * g[:-1] * scale * (np.arange(self.most)[:, None] < order)
+        orders = (order + _ORDERS).clip(1, self.most)
 
+        weights = lift(np.array((scale, shares)), rows.y)
+        terms = (weights * found).flatten(0, 1).unbind()
         y = rows.y
-        for weight, difference in zip(weights[:near], old, strict=False):
-            y = y + weight * difference
+        for term in terms[self.most :]:
+            y = y + term
         slope = way.slope(y, u, rows.place)
         new = [slope]
-        for weight, difference in zip(weights[near : near + far], old, strict=False):
-            new.append((new[-1] - difference) * weight)
-        new += [torch.zeros_like(slope)] * (self.most + 2 - len(new))
-        found = torch.stack(new, 1)
-        top = found[torch.from_numpy(every).to(y.device), torch.from_numpy(orders).to(y.device)]
-        y = y + weights[-4] * top[0]
-        errors = torch.stack(weights[-3:]) * top
-        places = np.concatenate((u[:, None], places[:, :-1]), 1)
-        memory = (order, np.minimum(known + 1, self.most + 1), places, found[:, :-1])
-        return Trial(y, slope, errors, memory)
+        for term in terms[: self.most]:
+            new.append(new[-1] - term)
+        found = torch.stack(new)
+        at = torch.from_numpy((orders * len(u) + every).ravel()).to(y.device)
+        top = found.flatten(0, 1).index_select(0, at).reshape(3, *y.shape)
+        y = y + lift(h * g[order, every], y) * top[0]
+        memory = (
+            order,
+            np.minimum(known + 1, self.most),
+            np.concatenate((u[None], places[:-1])),
+            found[:-1],
+        )
+        return Trial(y, slope, top, memory, h * (g[orders, every] - g[orders - 1, every]))
 
     def judge(self, rows: Rows, errors: Numbers) -> Numbers:
         """The errors of the order, the one below and the one above, infinite if there is none."""
         order, known = rows.memory[:2]
-        there = np.stack((order > 0, order > 1, (order < known) & (order < self.most)))
-        return np.where(there, errors, math.inf)
+        errors[1, order == 1] = errors[2, order == known] = math.inf
+        return errors
 
     def first_steps(self, way: Coordinates, rows: Rows) -> Numbers:
         """A twentieth of the way where the coordinates are scaled to the data."""
@@ -120,21 +130,26 @@ class AdaptiveAdams(Adaptive):
 
     def resize(self, rows: Rows, errors: Numbers, accept: Numbers) -> tuple[Numbers, Rows]:
         """The order that allows the longest next step, and that step; higher only if accepted."""
-        order = rows.memory[0]
-        orders = np.stack((order, order - 1, order + 1))
-        steps = errors.clip(1e-10, 1e30) ** (-1.0 / np.maximum(orders + 1, 1))
-        factor, best = steps[0], order
-        for step, other, allowed in zip(steps[1:], orders[1:], (True, accept), strict=True):
-            better = (step > factor) & allowed
-            factor, best = np.where(better, step, factor), np.where(better, other, best)
+        order, every = rows.memory[0], np.arange(len(accept))
+        steps = errors.clip(1e-10, 1e30) ** (-1 / (order + 1 + _ORDERS))
+        steps[2] *= accept
+        best = steps.argmax(0)
         least, most = np.where(accept, 0.2, 0.1), np.where(accept, _GROWTH, 0.9)
-        factor = np.maximum(np.minimum(self.safety * factor, most), least)
-        return factor, rows._replace(memory=(best, *rows.memory[1:]))
+        factor = np.maximum(np.minimum(self.safety * steps[best, every], most), least)
+        return factor, rows._replace(memory=(order + _ORDERS[best, 0], *rows.memory[1:]))
 
 
-def _integrals(nodes: Numbers, start: Numbers, h: Numbers) -> Numbers:
-    """g_0 to g_q [b, q + 1] of nodes [b, q], by Gauss's rule of four points: exact for q <= 7."""
-    u, share = start + h * (0.5 + _POINTS[:, None]), h * _SHARES[:, None]
-    products = np.multiply.accumulate([share, *(u - node for node in nodes.T)])
-    integrals: Numbers = (products[:, 0] + products[:, 1]) + (products[:, 2] + products[:, 3])
-    return integrals.T
+def _integrals(shares: Numbers) -> Numbers:
+    """g_0 to g_q [q + 1, b] of a_0 to a_{q-1} [q, b].
+
+    With a factor r^(n-1) under the integral g_0 is 1/n, and g_{j+1} is g_j less a_j times the g_j
+    of n + 1.
+    """
+    count = len(shares)
+    g = np.empty((count + 1, shares.shape[1]))
+    column: Any = 1 / np.arange(1.0, count + 2)[:, None]
+    g[0] = 1.0
+    for j, share in enumerate(shares):
+        column = column[:-1] - share * column[1:]
+        g[j + 1] = column[0]
+    return g

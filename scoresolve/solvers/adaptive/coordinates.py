@@ -31,7 +31,7 @@ from scoresolve.models import conversion
 from scoresolve.sde import GaussianSDE, SchedulePoint
 from scoresolve.solvers.adaptive.drift import BoundedDrift
 from scoresolve.solvers.adaptive.points import Point, hermite
-from scoresolve.solvers.adaptive.rows import Numbers, lift, lifted, padded
+from scoresolve.solvers.adaptive.rows import Numbers, lift, padded
 from scoresolve.solvers.integrator import GaussianFlow, RowDrift
 from scoresolve.solvers.scaled import TURN, B, C
 
@@ -111,13 +111,16 @@ class Time(Coordinates):
 
 
 class _Schedule(NamedTuple):
-    """At some u: the time, x/y, the unit of y, and the shares of x and the prediction in dy/du."""
+    """At some u: the time, as the model sees it too, x/y, what x and the prediction count for in
+    dy/du, and the unit of y.
+    """
 
     t: Numbers
+    seen: Numbers
     size: Numbers
-    unit: Numbers
     of_state: Numbers
     of_prediction: Numbers
+    unit: Numbers
 
 
 class _Gaussian(Coordinates):
@@ -146,35 +149,34 @@ class _Gaussian(Coordinates):
     def schedule(self, u: Numbers) -> _Schedule:
         """What depends on u [b] alone; kept for the last u asked for."""
         if self._known is None or self._known[0] is not u:
-            self._known = u, self._schedule(u)
+            self._known = u, _Schedule(*padded(self._schedule, u))
         return self._known[1]
 
-    def _schedule(self, u: Numbers) -> _Schedule:
-        low, high = sorted(self._ends)
+    def _schedule(self, u: Numbers) -> tuple[Numbers, ...]:
         with np.errstate(divide="ignore", invalid="ignore"):  # at alpha = 0 and at sigma = 0
-            t = padded(self.sde.time_from_log_snr, self.log_snr(u)).clip(low, high)
-            t = np.where(u == self.start, self.t_start, np.where(u == self.end, self.t_end, t))
-            seen = self.drift.rounded(t).double().numpy()  # the model's own time
-            alpha, sigma, *rates = padded(self._point, seen)
+            known = self.sde.time_from_log_snr(torch.from_numpy(self.log_snr(u)))
+            t = known.clamp(min(self._ends), max(self._ends)).numpy()
+            t[u == self.start], t[u == self.end] = self._ends
+            seen = self.drift.rounded(t)
+            at = seen.double()
+            alpha, sigma = self.sde.alpha(at).numpy(), self.sde.sigma(at).numpy()
+            point: Any = (alpha, sigma, math.nan, math.nan)
+            if self.prediction == "flow":  # alone it needs how the schedule moves
+                point = [torch.as_tensor(part).numpy() for part in self.sde.point(at)]
             size, typical = self.size(alpha, sigma), np.hypot(sigma, self.scale * alpha)
             mix: Any = self.mix(alpha, sigma, size)
-            shares: Any = conversion(self.prediction, mix, SchedulePoint(alpha, sigma, *rates))
-            return _Schedule(t, size, size / typical, *shares)
-
-    def _point(self, t: Tensor) -> Tensor:
-        if self.prediction == "flow":  # alone it needs how the schedule moves
-            return torch.stack([torch.as_tensor(part) for part in self.sde.point(t)])
-        nothing = torch.full_like(t, math.nan)
-        return torch.stack((self.sde.alpha(t), self.sde.sigma(t), nothing, nothing))
+            shares: Any = conversion(self.prediction, mix, SchedulePoint(*point))
+            return t, seen.numpy(), size, *shares, size / typical
 
     def time(self, u: Numbers) -> Numbers:
         return self.schedule(u).t
 
     def slope(self, y: Tensor, u: Numbers, place: Numbers) -> Tensor:
         at = self.schedule(u)
-        size, kept, gained = lifted((at.size, at.of_state, at.of_prediction), y)
+        size, kept, gained = lift(np.array(at[2:5]), y).unbind()
         x = size * y
-        prediction = self.drift(x, self.drift.times(at.t), torch.from_numpy(place))
+        seen = torch.from_numpy(at.seen).to(y.device)
+        prediction = self.drift(x, seen, torch.from_numpy(place))
         return kept * x + gained * prediction
 
     def state(self, y: Tensor, u: Numbers) -> Tensor:

@@ -41,6 +41,7 @@ from scoresolve.solvers.integrator import GaussianFlow, Integrator, RowDrift, So
 __all__ = ["Adaptive", "Trial"]
 
 _LEAST_ERROR: Final = 1e-16
+_LARGE: Final = 1e15
 _LEAST_PAST: Final = 1e-4
 _MIN_FACTOR, _MAX_FACTOR, _NONFINITE_FACTOR = 0.2, 10.0, 0.1
 _ASK_AGAIN: Final = 100
@@ -64,13 +65,15 @@ class Trial(NamedTuple):
         y: the states [b, *event] at the end of the step.
         slope: dy/du there.
         errors: distances of two answers, [n, b, *event], the first of which decides.
-        memory: what the rows keep if the step is accepted, each [b, ...].
+        memory: what the rows keep if the step is accepted.
+        factors: on the errors, [n, b] or fewer.
     """
 
     y: Tensor
     slope: Tensor
     errors: Tensor
     memory: tuple[Any, ...] = ()
+    factors: Numbers | float = 1.0
 
 
 class Adaptive(Integrator):
@@ -204,7 +207,8 @@ class Adaptive(Integrator):
 
     def first_steps(self, way: Coordinates, rows: Rows) -> Numbers:
         """Lengths of the first steps [b]: a hundredth of what turns the state around."""
-        d0, d1 = (self.norms(way, v[None], rows.y.abs(), rows.u)[0] for v in (rows.y, rows.slope))
+        both = torch.stack((rows.y, rows.slope))
+        d0, d1 = self.norms(way, both, rows.y.abs(), rows.u).clip(max=_LARGE)
         turn = d0.clip(min=1.0) / d1.clip(min=sys.float_info.min)
         lengths: Numbers = (0.01 * turn).clip(max=way.length / 10)
         return lengths
@@ -212,11 +216,12 @@ class Adaptive(Integrator):
     def resize(self, rows: Rows, errors: Numbers, accept: Numbers) -> tuple[Numbers, Rows]:
         """Factors on the steps [b] for errors [n, b], and the rows with what the method changes."""
         p, i, d = self.control
-        q, error, (one, two) = self.order, errors[0], rows.past.T
+        q, error, (one, two) = self.order, errors[0], rows.past
         sound = np.where(np.isfinite(error), error, 1.0).clip(min=_LEAST_ERROR)
         factor = self.safety * sound ** (-(p + i + d) / q)
         grown = factor * (one ** ((p + 2 * d) / q) * two ** (-d / q))
-        return np.where(accept, grown, factor).clip(min=_MIN_FACTOR), rows
+        past = np.where(accept, (error.clip(min=_LEAST_PAST), one), rows.past)
+        return np.where(accept, grown, factor).clip(min=_MIN_FACTOR), rows._replace(past=past)
 
     def solve(
         self,
@@ -319,18 +324,19 @@ class Adaptive(Integrator):
         trial = self.trial(way, rows, u, way.sign * h)
         with torch.no_grad():
             tall = rows.y.abs().maximum(trial.y.abs())
-            errors = self.norms(way, trial.errors, tall, u)
-            lost = (row_status(trial.y + trial.slope) != Status.OK).cpu().numpy()
+            tall = tall.add(trial.y + trial.slope, alpha=0)  # NaN where one is not finite
+            norms = self.norms(way, trial.errors, tall, u)
             value = record.value(trial.y, u)
-        bad = lost | np.isnan(value) | np.isnan(errors)
-        errors = self.judge(rows, np.where(bad, math.inf, errors))
+        errors = np.minimum(np.abs(trial.factors) * norms, _LARGE)
+        errors[np.isnan(errors + value)] = math.inf
+        errors = self.judge(rows, errors)
         if self.coupled:
             errors = _coupled(errors)
         accept = errors[0] <= 1
         before = record.see(rows, u, trial.y, trial.slope, value, accept)
-        new = rows._replace(y=trial.y, slope=trial.slope, memory=trial.memory)
-        moved = new.revert(rows, (~accept).nonzero()[0])._replace(before=before)
-        return record.stop(self._control(way, moved, h, u, errors, accept))
+        new = rows._replace(y=trial.y, slope=trial.slope, memory=trial.memory, before=before)
+        new = new.revert(rows, (~accept).nonzero()[0])
+        return record.stop(self._control(way, new, h, u, errors, accept))
 
     def _control(
         self,
@@ -342,22 +348,22 @@ class Adaptive(Integrator):
         accept: Numbers,
     ) -> Rows:
         """The rows' places, next steps and statuses after trial steps `h` with their errors."""
-        finite, past = np.isfinite(errors[0]), rows.past
+        finite = np.isfinite(errors[0])
         factor, rows = self.resize(rows, errors, accept)
         h = h * np.where(finite, np.minimum(factor, rows.growth), _NONFINITE_FACTOR)
         accepted, rejected = rows.accepted + accept, rows.rejected + ~accept
         u = np.where(accept, u, rows.u)
-        hopeless = ~finite & ((h < _LEAST_TRY * way.length) | (self.coupled and finite.any()))
+        hopeless = math.inf if self.coupled and finite.any() else _LEAST_TRY * way.length
+        least = np.where(finite, way.least_step, max(hopeless, way.least_step))
         failed = np.where(finite, int(Status.STEP_LIMIT), int(Status.NONFINITE))
-        spent = np.where(accepted + rejected >= self.max_steps, int(Status.STEP_LIMIT), 0)
-        status = np.where(hopeless | (h < way.least_step), failed, spent)
-        kept = np.stack((errors[0].clip(min=_LEAST_PAST), past[:, 0]), 1)
+        spent = int(Status.STEP_LIMIT) * (accepted + rejected >= self.max_steps)
+        status = np.where(h < least, failed, spent)
+        status[u == way.end] = int(Status.OK)
         return rows._replace(
             u=u,
             h=h,
-            past=np.where(accept[:, None], kept, past),
             growth=np.where(accept, _MAX_FACTOR, 1.0),
-            status=np.where(u == way.end, 0, status),
+            status=status,
             accepted=accepted,
             rejected=rejected,
         )
@@ -379,16 +385,15 @@ class Adaptive(Integrator):
     def norms(self, way: Coordinates, errors: Tensor, tall: Tensor, u: Numbers) -> Numbers:
         """Root mean squares [n, b] of errors [n, b, *event] of states as tall as `tall` >= 0."""
         rtol = max(self.rtol, self.ROUNDING * torch.finfo(way.drift.dtype).eps)
-        scale, unit = (tall * rtol).clamp(min=torch.finfo(tall.dtype).tiny), way.unit(u)
-        scale = scale + (self.atol if unit is None else lift(self.atol / unit, tall))
-        norms = row_norm((errors / scale).flatten(0, 1)).reshape(len(errors), -1)
-        return norms.cpu().double().numpy()
+        unit, least = way.unit(u), torch.finfo(tall.dtype).tiny
+        floor = np.maximum(self.atol / (np.ones(1) if unit is None else unit), least)
+        return row_norm(errors / (tall * rtol + lift(floor, tall)))
 
 
 def _start_rows(y: Tensor, start: float) -> Rows:
     """Rows at the start, that know no slope yet."""
     u = np.full(y.shape[0], start)
-    past, none = np.full((len(u), 2), _LEAST_PAST), np.zeros(len(u), np.int64)
+    past, none = np.full((2, len(u)), _LEAST_PAST), np.zeros(len(u), np.int64)
     growth = np.full_like(u, _MAX_FACTOR)
     return Rows(np.arange(len(u)), u, 0 * u, past, growth, none, none, none, y, y)
 

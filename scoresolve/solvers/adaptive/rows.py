@@ -17,30 +17,30 @@ from torch import Tensor
 
 from scoresolve.errors import Status
 
-__all__ = ["Numbers", "Rows", "combine", "lift", "lifted", "padded", "row_norm"]
+__all__ = ["Numbers", "Rows", "combine", "lift", "padded", "row_norm"]
 
 Numbers = NDArray[Any]
 """One number, or several, for each row; always on the host."""
 Part = Numbers | Tensor
 
-_LARGE = 1e15
 _LANES = 16
+_FEW = 16
 
 
 class Rows(NamedTuple):
-    """Rows in the batch; numbers on the host, states and slopes on the device.
+    """Rows in the batch; numbers [..., b] on the host, states [..., b, *event] on the device.
 
     Attributes:
         place: their numbers in the caller's batch, [b].
         u: how far each has come, [b].
         h: size of its next step, [b].
-        past: errors of its last two accepted steps, [b, 2].
+        past: errors of its last two accepted steps, [2, b].
         growth: greatest factor on its next step, [b].
         status, accepted, rejected: how it goes, [b].
         y: its state, [b, *event].
         slope: dy/du there.
         before: u, y, slope and the event's value at the point before, if the path is recorded.
-        memory: what the method keeps, each [b, ...].
+        memory: what the method keeps.
     """
 
     place: Numbers
@@ -62,7 +62,9 @@ class Rows(NamedTuple):
         def pick(part: Any) -> Any:
             if isinstance(part, tuple):
                 return tuple(map(pick, part))
-            return part.index_select(0, at) if isinstance(part, Tensor) else part[index]
+            if isinstance(part, Tensor):
+                return part.index_select(part.ndim - self.y.ndim, at)
+            return part.take(index, -1)
 
         return Rows(*map(pick, self))
 
@@ -77,10 +79,13 @@ class Rows(NamedTuple):
         at = torch.from_numpy(index).to(self.y.device)
 
         def kept(new: Part, old: Part) -> Any:
+            if new is old:
+                return new
             if isinstance(new, Tensor) and isinstance(old, Tensor):
-                return new.index_copy(0, at, old.index_select(0, at))
+                dim = new.ndim - self.y.ndim
+                return new.index_copy(dim, at, old.index_select(dim, at))
             new = np.array(new)
-            new[index] = old[index]
+            new[..., index] = old[..., index]
             return new
 
         memory = tuple(map(kept, self.memory, old.memory))
@@ -102,7 +107,9 @@ class Rows(NamedTuple):
         def link(*part: Any) -> Any:
             if isinstance(part[0], tuple):
                 return tuple(link(*each) for each in zip(*part, strict=True))
-            return torch.cat(part) if isinstance(part[0], Tensor) else np.concatenate(part)
+            if isinstance(part[0], Tensor):
+                return torch.cat(part, part[0].ndim - parts[0].y.ndim)
+            return np.concatenate(part, -1)
 
         parts = [part for part in parts if len(part.place)] or parts[:1]
         return parts[0] if len(parts) == 1 else Rows(*map(link, *parts))
@@ -123,33 +130,35 @@ def combine(weights: Sequence[float], terms: Sequence[Tensor]) -> Tensor:
 
 
 def lift(rows: Numbers, x: Tensor) -> Tensor:
-    """[b] as [b, 1, ...] on the device of `x`, and in its dtype unless it is a mask."""
+    """[..., b] as [..., b, 1, ...] on the device of `x`, in its dtype unless it is a mask."""
     values = torch.from_numpy(rows)
     dtype = values.dtype if values.dtype is torch.bool else x.dtype
-    return values.to(x.device, dtype).reshape(-1, *(1,) * (x.ndim - 1))
+    return values.to(x.device, dtype).reshape(*rows.shape, *(1,) * (x.ndim - 1))
 
 
-def lifted(columns: Sequence[Numbers], x: Tensor) -> tuple[Tensor, ...]:
-    """`lift` of each [b], with one transfer to the device."""
-    together = torch.from_numpy(np.array(columns)).to(x.device, x.dtype)
-    return together.reshape(len(columns), -1, *(1,) * (x.ndim - 1)).unbind()
+def row_norm(error: Tensor) -> Numbers:
+    """Root mean square over each row of [n, b, *event], [n, b]."""
+    squares: Any = error.square().reshape(error.shape[:2].numel(), -1).T
+    size = len(squares)
+    while len(squares) > _FEW:
+        squares = _pairs(squares)
+    squares = np.ascontiguousarray(squares.cpu().double().numpy())
+    while len(squares) > 1:
+        squares = _pairs(squares)
+    norms: Numbers = np.sqrt(squares[0] / size).reshape(error.shape[:2])
+    return norms
 
 
-def row_norm(error: Tensor) -> Tensor:
-    """Root mean square over each row of [b, *event], [b]."""
-    squares = error.clamp(-_LARGE, _LARGE).square().reshape(error.shape[0], -1)
-    return (_row_sum(squares) / squares.shape[1]).sqrt()
+def _pairs(v: Any) -> Any:
+    """Sums [n // 2, b] of two of [n, b], the first of three if n is odd."""
+    half = len(v) // 2
+    total = v[:half] + v[half : 2 * half]
+    if len(v) % 2:
+        total[0] += v[-1]
+    return total
 
 
-def _row_sum(v: Tensor) -> Tensor:
-    """Sum of each row of [b, n]: pairs, then pairs of pairs."""
-    while (n := v.shape[1]) > 1:
-        half = v[:, : n // 2] + v[:, n // 2 : n - n % 2]
-        v = torch.cat([half, v[:, n - 1 :]], 1) if n % 2 else half
-    return v[:, 0]
-
-
-def padded(function: Callable[[Tensor], Tensor], u: Numbers) -> Numbers:
-    """`function` of [b], or [b] more than once over, elementwise: the same for any b."""
+def padded(function: Callable[[Numbers], tuple[Numbers, ...]], u: Numbers) -> list[Numbers]:
+    """The numbers [b] that `function` makes of each of [b], elementwise: the same for any b."""
     filled = np.concatenate([u, u[-1:].repeat(-len(u) % _LANES)])
-    return function(torch.from_numpy(filled)).numpy()[..., : len(u)]
+    return [part[: len(u)] for part in function(filled)]

@@ -29,8 +29,8 @@ class _EmbeddedPair(Adaptive):
         for c, weights in zip(self.tableau.c[1:], self.tableau.a[1:], strict=True):
             y = rows.y + step * combine(weights, slopes)
             slopes.append(way.slope(y, u if c == 1 else rows.u + c * h, rows.place))
-        errors = torch.stack([step * combine(e, slopes) for e in self.tableau.e])
-        return Trial(y, slopes[-1], errors)
+        errors = torch.stack([combine(e, slopes) for e in self.tableau.e])
+        return Trial(y, slopes[-1], errors, factors=h)
 
     def judge(self, rows: Rows, errors: Numbers) -> Numbers:
         if len(errors) == 1:
