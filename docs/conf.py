@@ -14,7 +14,7 @@ html_show_copyright = False
 release = version = scoresolve.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "from_code"]
-exclude_patterns = ["_build", "_pictures"]
+exclude_patterns = ["_build", "_pictures", "reports"]
 default_role = "code"
 highlight_language = "text"
 
