@@ -118,10 +118,12 @@ def affine_law(
     x[1 : 1 + size] = torch.eye(size, dtype=torch.float64)
     x[-1] = Philox(0).normal(x[-1:], 0)[0]
 
+    random = Philox(1).normal(x.new_empty(1, draws * size), 0)[0]
+
     def unit(k: int) -> Tensor:
         z = torch.zeros_like(x)
         z[1 + size * (1 + k) : 1 + size * (2 + k)] = torch.eye(size)
-        z[-1] = Philox(1).normal(x[-1:], k)[0]
+        z[-1] = random[size * k : size * (k + 1)]
         return z
 
     y, seen = _run(box, model, x.to(box.dtype), n, unit)
@@ -131,9 +133,7 @@ def affine_law(
     offset = y[0]
     linear = y[1:-1] - offset
     gain, responses = linear[:size].T, linear[size:]
-    predicted = offset + gain @ x[-1]
-    for k in range(draws):
-        predicted = predicted + unit(k)[-1] @ responses[size * k : size * (k + 1)]
+    predicted = offset + gain @ x[-1] + random @ responses
     scale = linear.abs().max().clamp(min=offset.abs().max())
     gap = float((y[-1] - predicted).abs().max() / scale)
     if gap > (1e-6 if box.dtype == torch.float64 else 1e-3):
