@@ -29,7 +29,7 @@ _CAUSES: tuple[tuple[str, str, str, str], ...] = (
     (
         "diffusers",
         r"flow_match_euler\(stochastic\).*",
-        r"order|no refinement",
+        r"order|no refinement|keeps the variance",
         "x0 and fresh noise are mixed at the next level with the weights of the deterministic path "
         "although x0 is a mean, so that the variance of x0 given x is lost at every step",
     ),
@@ -41,9 +41,16 @@ _CAUSES: tuple[tuple[str, str, str, str], ...] = (
     ),
     (
         "diffusers",
-        r"dpmsolver\+\+ 2M\(leading\).*",
+        r"(sde-)?dpmsolver.*|deis.*|unipc.*",
         r"order \d of its last jump",
-        "the last timestep is 1000/(n + 1), from where it jumps to sigma = 0 in one step",
+        "the timesteps leave out 0: the last is about 1000/(n + 1), and from there it jumps to "
+        "sigma = 0 in one step",
+    ),
+    (
+        "diffusers",
+        r"dpmsolver(\+\+)? 3S",
+        r"order|no refinement",
+        "where n is not a multiple of 3 it ends on a step of order 1 or 2 as long as the others",
     ),
     (
         "diffusers",
@@ -60,7 +67,7 @@ _CAUSES: tuple[tuple[str, str, str, str], ...] = (
     (
         "diffusers",
         r"unipc2\(bh1\).*",
-        r".*",
+        r".*finite.*|order.*|keeps.*",
         "at sigma = 0 the step h is infinite and bh1 divides by it",
     ),
     (
@@ -78,7 +85,7 @@ _CAUSES: tuple[tuple[str, str, str, str], ...] = (
     (
         "diffusers",
         r"sde_ve.*",
-        r"keeps samples apart",
+        r"keeps (samples|a NaN)",
         "the corrector's step size is made of norms averaged over the batch",
     ),
     (
@@ -107,15 +114,27 @@ _CAUSES: tuple[tuple[str, str, str, str], ...] = (
     ),
     (
         "k-diffusion",
-        r"(euler|heun|dpm_2), as shipped",
+        r"(euler|heun|dpm_2)(, as shipped)?",
         r"draws no",
         "noise is drawn for the churn also where the churn is 0",
+    ),
+    (
+        "k-diffusion",
+        r"dpmpp_.*",
+        r"draws no",
+        "noise is drawn and multiplied by 0 when eta is 0",
     ),
     (
         "k-diffusion",
         r"dpm_adaptive.*",
         r"keeps a NaN",
         "an error that is not a number is not below 1, so the step is tried again for ever",
+    ),
+    (
+        "k-diffusion",
+        r"dpm_adaptive.*",
+        r"keeps samples apart",
+        "all samples have one step size",
     ),
     (
         "scipy",
@@ -138,7 +157,7 @@ _CAUSES: tuple[tuple[str, str, str, str], ...] = (
     (
         "torchdiffeq",
         r"dopri5.*",
-        r"keeps samples apart",
+        r"keeps (samples|a NaN)",
         "all samples have one step size",
     ),
     (
@@ -148,8 +167,8 @@ _CAUSES: tuple[tuple[str, str, str, str], ...] = (
         "one row that is not a number ends the loop for all, and unset memory is handed out",
     ),
     (
-        r".*",
-        r".*",
+        r"diffusers|k-diffusion",
+        r".*, as shipped",
         r"keeps the variance",
         "the last step jumps to sigma = 0 by the predicted x0, a mean: v becomes v^2/(v + sigma^2)",
     ),

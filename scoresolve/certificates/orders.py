@@ -72,14 +72,14 @@ class Measurable(ABC):
         order: the order it claims; None if none.
         stochastic: whether it draws noise.
         rounding: errors below are rounding.
-        converges: whether refining it should lead to the exact law.
+        judged_at_end: whether its last step can be judged, on a fine grid or as a jump to 0.
     """
 
     sde: GaussianSDE
     order: float | None
     stochastic: bool
     rounding: float = ROUNDING
-    converges: bool = True
+    judged_at_end: bool = True
 
     @abstractmethod
     def law(self, n: int) -> ExactLaw:
@@ -116,7 +116,7 @@ class Planned(Measurable):
     def __init__(self, solver: Solver, sde: GaussianSDE) -> None:
         self.solver, self.sde = solver, sde
         self.order, self.stochastic = solver.order, solver.stochastic
-        self.converges = solver.order is not None
+        self.judged_at_end = solver.order is not None
         self.inside = inside(sde)
 
     @functools.cache  # noqa: B019, the subject lives as long as its certificate is made
@@ -156,6 +156,9 @@ class Boxed(Measurable):
     def __init__(self, box: BlackBox, sde: GaussianSDE) -> None:
         self.box, self.sde = box, sde
         self.order, self.stochastic = box.order, box.stochastic
+        self.judged_at_end = (
+            box.gridded or box.end_of(sde) == 0
+        )  # else its grid may be coarse there
         self.rounding = ROUNDING if box.dtype == torch.float64 else 1e-4
         self.inside = inside(sde)
         self.target = gaussian(MEAN, VARIANCE)
@@ -293,7 +296,7 @@ def orders_of(
         name: measured_order(steps[: len(found)], found, floors.get(name, subject.rounding))
         for name, found in errors.items()
     }
-    ends = [end_check(subject)] if subject.converges else []
+    ends = [end_check(subject)] if subject.judged_at_end else []
     if subject.order is None:
         return errors, orders, ends
     checks = [] if (jump := subject.jumps(steps)) is None else [_jump_check(subject, steps, jump)]

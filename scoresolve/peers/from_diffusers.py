@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import logging
 import math
 import sys
 import warnings
@@ -145,6 +146,7 @@ _VE = _Convention(_fractions, "score", step="step_pred", scale=_alpha)
 def quiet_scheduler(path: str, **options: Any) -> Any:
     """The diffusers scheduler "file.Class" with these options, without its advice."""
     file, name = path.split(".")
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
     module = importlib.import_module(f"diffusers.schedulers.scheduling_{file}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
