@@ -42,7 +42,7 @@ __all__ = [
     "Measurable",
     "Planned",
     "biases",
-    "end_check",
+    "finite_checks",
     "inside",
     "orders_of",
     "start_for",
@@ -118,9 +118,9 @@ class Planned(Measurable):
         self.order, self.stochastic = solver.order, solver.stochastic
         self.judged_at_end = solver.order is not None
         self.inside = inside(sde)
+        self.plan = functools.cache(self._plan)  # for as long as the subject lives
 
-    @functools.cache  # noqa: B019, the subject lives as long as its certificate is made
-    def plan(self, n: int) -> Plan:
+    def _plan(self, n: int) -> Plan:
         return make_plan(self.solver, self.sde, make_grid("cosine", self.sde, n, *self.inside))
 
     def law(self, n: int) -> ExactLaw:
@@ -156,22 +156,21 @@ class Boxed(Measurable):
     def __init__(self, box: BlackBox, sde: GaussianSDE) -> None:
         self.box, self.sde = box, sde
         self.order, self.stochastic = box.order, box.stochastic
-        self.judged_at_end = (
-            box.gridded or box.end_of(sde) == 0
-        )  # else its grid may be coarse there
+        # else its own grid may be coarse there
+        self.judged_at_end = box.gridded or box.end_of(sde) == 0
         self.rounding = ROUNDING if box.dtype == torch.float64 else 1e-4
         self.inside = inside(sde)
-        self.target = gaussian(MEAN, VARIANCE)
-        self.model = Watched(self.target.score_model(sde))
+        target = gaussian(MEAN, VARIANCE)
+        model = Watched(target.score_model(sde))
+        self.law_between = functools.cache(functools.partial(affine_law, box, model, target, sde))
 
     def steps(self, n: int) -> Any:
         if not self.box.gridded:
             return n
         return make_grid("cosine", self.sde, n, *self.inside).times
 
-    @functools.cache  # noqa: B019
     def law(self, n: int) -> AffineLaw:
-        return affine_law(self.box, self.model, self.target, self.sde, self.steps(n), self.ends(n))
+        return self.law_between(self.steps(n), self.ends(n))
 
     def ends(self, n: int) -> tuple[float, float]:
         if self.box.gridded:
@@ -188,7 +187,7 @@ class Boxed(Measurable):
             n = _to_the_end(self.sde)
             ends, last = (n[0], n[-1]), n[-1]
         elif last == 0:
-            last = self.model.low  # of all calls made before
+            last = self.law(n).lowest
         target = gaussian([0.0], [_last_level(self.sde, last)])
         model = Watched(target.score_model(self.sde))
         law = affine_law(self.box, model, target, self.sde, n, ends)
@@ -209,7 +208,7 @@ class Boxed(Measurable):
 
     def budgeted(self, budget: int) -> tuple[int, AffineLaw]:
         n, ends = self.whole(budget)
-        law = affine_law(self.box, self.model, self.target, self.sde, n, ends)
+        law = self.law_between(n, ends)
         return law.calls, law
 
     def calls_rule(self) -> str:
@@ -223,9 +222,8 @@ class Boxed(Measurable):
         slope, rest = (more - few) // 10, few - (more - few)
         if most - more != more - few or (more - few) % 10:
             return f"{few}, {more}, {most} for n = 10, 20, 30"
-        return f"{slope if slope != 1 else ''}n" + (
-            f" {'+-'[rest < 0]} {abs(rest)}" if rest else ""
-        )
+        rule = "n" if slope == 1 else f"{slope}n"
+        return f"{rule} {'+-'[rest < 0]} {abs(rest)}" if rest else rule
 
     def whole(self, n: int) -> tuple[Any, tuple[float, float]]:
         """Its argument for n steps, and their ends, on the whole way."""

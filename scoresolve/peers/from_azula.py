@@ -14,7 +14,22 @@ from scoresolve.models import Model
 from scoresolve.peers.base import Noise, Peer, normals
 from scoresolve.sde import GaussianSDE
 
-__all__ = ["peers"]
+__all__ = ["azula_denoiser", "peers"]
+
+
+def azula_denoiser(model: Model, sde: GaussianSDE) -> Any:
+    """Our model as a denoiser of azula, with our schedule."""
+    denoise = importlib.import_module("azula.denoise")
+
+    class Ours(denoise.Denoiser):  # type: ignore[name-defined, misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.schedule = lambda t: (sde.alpha(t), sde.sigma(t))
+
+        def forward(self, x_t: Tensor, t: Tensor) -> Any:
+            return denoise.DiracPosterior(mean=model.predict("x0", x_t, t))
+
+    return Ours()
 
 
 def _azula_run(
@@ -26,21 +41,11 @@ def _azula_run(
     x: Tensor,
     noise: Noise | None,
 ) -> Tensor:
-    denoise, sample = (importlib.import_module(f"azula.{name}") for name in ("denoise", "sample"))
     grid = torch.tensor([float(t) for t in times], dtype=torch.float64)
-
-    class Ours(denoise.Denoiser):  # type: ignore[name-defined, misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.schedule = lambda t: (sde.alpha(t), sde.sigma(t))
-
-        def forward(self, x_t: Tensor, t: Tensor) -> Any:
-            return denoise.DiracPosterior(mean=model.predict("x0", x_t, t))
-
-    kind = getattr(sample, sampler)
+    kind = getattr(importlib.import_module("azula.sample"), sampler)
     gridded = type(sampler, (kind,), {"timesteps": property(lambda self: grid)})
     with normals(noise):
-        out: Tensor = gridded(Ours(), silent=True, **options)(x)
+        out: Tensor = gridded(azula_denoiser(model, sde), silent=True, **options)(x)
     return out
 
 

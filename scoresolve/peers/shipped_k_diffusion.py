@@ -12,6 +12,7 @@ from torch import Tensor
 
 from scoresolve.models import Model
 from scoresolve.peers.black_box import BlackBox, Normals
+from scoresolve.peers.from_azula import azula_denoiser
 from scoresolve.peers.from_k_diffusion import k_sampling
 from scoresolve.sde import EDM, VP
 
@@ -117,20 +118,14 @@ def edm_sampler(function: Callable[..., Tensor], name: str = "", **options: Any)
 def _run_azula(
     sampler: str, options: dict[str, Any], model: Model, x: Tensor, n: int, noise: Normals
 ) -> Tensor:
-    denoise, sample = (importlib.import_module(f"azula.{name}") for name in ("denoise", "sample"))
-
     sde: Any = model.sde
-
-    class Ours(denoise.Denoiser):  # type: ignore[name-defined, misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.schedule = lambda t: (sde.alpha(t), sde.sigma(t))
-
-        def forward(self, x_t: Tensor, t: Tensor) -> Any:
-            return denoise.DiracPosterior(mean=model.predict("x0", x_t, t))
-
-    made = getattr(sample, sampler)(
-        Ours(), stop=sde.t_min, steps=n, silent=True, dtype=torch.float64, **options
+    made = getattr(importlib.import_module("azula.sample"), sampler)(
+        azula_denoiser(model, sde),
+        stop=sde.t_min,
+        steps=n,
+        silent=True,
+        dtype=torch.float64,
+        **options,
     )
     out: Tensor = made(x)
     return out
