@@ -343,6 +343,32 @@ def test_coupled_rows_make_one_step(solver_class: type[Adaptive]) -> None:
 
 
 @pytest.mark.parametrize("solver_class", TWO)
+def test_coupled_rows_have_saved_states_a_path_and_events_of_their_own(
+    solver_class: type[Adaptive],
+) -> None:
+    x = state(5, 2).abs() + 0.5
+    x[3] += 5
+    options: dict[str, Any] = {"coupled": True, "save_at": (0.25, 0.7), "dense": True}
+    level = 2.0
+    solver = solver_class(1e-8, 1e-8, event=lambda x, t: x[:, 0] - level, **options)
+    solution = solver.solve(decay, x, 0.0, 1.0)
+    crossing = (1 + 2 * (x[:, 0] / level).log()).sqrt() - 1  # NaN if below from the start
+    met = (crossing > 0) & (crossing < 1)
+    assert met.any() and not met.all()
+    assert (solution.status == torch.where(met, Status.EVENT, Status.OK)).all()
+    reached = crossing.where(met, 1.0)
+    torch.testing.assert_close(solution.t, reached, rtol=0, atol=1e-6)
+    exact = torch.stack([decayed(row, float(t)) for row, t in zip(x, reached, strict=True)])
+    torch.testing.assert_close(solution.x, exact, rtol=0, atol=1e-6)
+    assert solution.saved is not None and solution.path is not None
+    for t, saved in zip((0.25, 0.7), solution.saved, strict=True):
+        there = reached >= t
+        torch.testing.assert_close(saved[there], decayed(x[there], t), rtol=0, atol=1e-6)
+        assert saved[~there].isnan().all()
+        torch.testing.assert_close(solution.path(t)[there], saved[there], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("solver_class", TWO)
 def test_a_bad_row_leaves_its_coupled_neighbours_unharmed(solver_class: type[Adaptive]) -> None:
     x, solver = state(4, 3), solver_class(1e-7, 1e-7, coupled=True)
     x[1] = math.nan

@@ -99,6 +99,42 @@ def test_a_sampler_that_is_not_a_number_at_few_steps_is_found() -> None:
     assert "is finite at every budget" in {c.claim for c in certificate.checks if not c.passed}
 
 
+def gotta_go_fast(model: ss.Model, x: Any, n: int, noise: Any) -> Any:
+    """Adaptive steps of the reverse SDE, a size a row, until no row is on its way any more.
+
+    Source:
+        Jolicoeur-Martineau et al. 2021 (arXiv 2105.14080), algorithm 1, with the loop of
+        github.com/AlexiaJM/score_sde_fast_sampling: `sde_sampling_torch.py`.
+    """
+    sde, tolerance, end = model.sde, 0.01, 1e-3
+
+    def change(x: Any, t: Any, h: Any, z: Any) -> Any:
+        return h.sqrt() * sde.diffusion(t) * z - h * sde.reverse_drift(x, t[:, 0], model)
+
+    t, h, before = torch.full_like(x[:, :1], sde.T), torch.full_like(x[:, :1], 0.01), x
+    while bool(((t - end).abs() > 1e-6).any()):
+        z = noise(x)
+        first = change(x, t, h, z)
+        second = change(x + first, t - h, h, z)
+        allowed = tolerance * torch.maximum(before.abs(), (x + first).abs()).clamp(min=1.0)
+        error = ((second - first) / 2 / allowed).square().mean(1, keepdim=True).sqrt()
+        accepted = error <= 1
+        before = torch.where(accepted, x + first, before)
+        x = torch.where(accepted, x + (first + second) / 2, x)
+        t = torch.where(accepted, t - h, t)
+        factor = torch.where(h == 0, h, 0.9 * error.pow(-0.9))
+        h = torch.minimum((t - end).clamp(min=0), h * factor)
+    return x
+
+
+def test_gotta_go_fast_with_a_row_that_is_not_a_number_is_found_not_to_return() -> None:
+    made = BlackBox(gotta_go_fast, stochastic=True, adaptive=True, end=1e-3)
+    failed = {check.claim: check.seen for check in ss.certify(made).checks if not check.passed}
+    assert failed["keeps a NaN row to itself"].startswith("has not returned"), failed
+    ours = ss.certify("gotta_go_fast")
+    assert ours.passed, str(ours)
+
+
 # --- reports -------------------------------------------------------------------------------------
 
 

@@ -90,10 +90,9 @@ class AdaptiveAdams(Adaptive):
         order, known, places, found = rows.memory
         ahead, behind, every = u - places, places[0] - places, np.arange(len(u))
         scale, g = np.ones_like(ahead), _integrals(h / ahead)
-        for j in range(1, self.most):
-            scale[j] = scale[j - 1] * ahead[j - 1] / behind[j]
+        np.cumprod(ahead[:-1] / behind[1:], 0, out=scale[1:])
         shares = h * g[:-1] * scale * (np.arange(self.most)[:, None] < order)
-        orders = (order + _ORDERS).clip(1, self.most)
+        orders = np.minimum(np.maximum(order + _ORDERS, 1), self.most)
 
         weights = lift(np.array((scale, shares)), rows.y)
         terms = (weights * found).flatten(0, 1).unbind()
@@ -106,7 +105,8 @@ class AdaptiveAdams(Adaptive):
             new.append(new[-1] - term)
         found = torch.stack(new)
         at = torch.from_numpy((orders * len(u) + every).ravel()).to(y.device)
-        top = found.flatten(0, 1).index_select(0, at).reshape(3, *y.shape)
+        apart = found.reshape(-1, len(y) // len(u), *y.shape[1:])
+        top = apart.index_select(0, at).reshape(3, *y.shape)
         y = y + lift(h * g[order, every], y) * top[0]
         memory = (
             order,
@@ -119,7 +119,8 @@ class AdaptiveAdams(Adaptive):
     def judge(self, rows: Rows, errors: Numbers) -> Numbers:
         """The errors of the order, the one below and the one above, infinite if there is none."""
         order, known = rows.memory[:2]
-        errors[1, order == 1] = errors[2, order == known] = math.inf
+        np.copyto(errors[1], math.inf, where=order == 1)
+        np.copyto(errors[2], math.inf, where=order == known)
         return errors
 
     def first_steps(self, way: Coordinates, rows: Rows) -> Numbers:
@@ -131,7 +132,8 @@ class AdaptiveAdams(Adaptive):
     def resize(self, rows: Rows, errors: Numbers, accept: Numbers) -> tuple[Numbers, Rows]:
         """The order that allows the longest next step, and that step; higher only if accepted."""
         order, every = rows.memory[0], np.arange(len(accept))
-        steps = errors.clip(1e-10, 1e30) ** (-1 / (order + 1 + _ORDERS))
+        sound = np.minimum(np.maximum(errors, 1e-10), 1e30)
+        steps = sound ** (-1 / (order + 1 + _ORDERS))
         steps[2] *= accept
         best = steps.argmax(0)
         least, most = np.where(accept, 0.2, 0.1), np.where(accept, _GROWTH, 0.9)

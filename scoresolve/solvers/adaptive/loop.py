@@ -317,26 +317,63 @@ class Adaptive(Integrator):
 
     def _step(self, way: Coordinates, record: Record, rows: Rows) -> Rows:
         """One trial step of every row."""
-        left, longest = np.abs(way.end - rows.u), rows.h.clip(max=self.longest)
-        last = 1.01 * longest >= left
-        h = np.where(last, left, longest)
-        u = np.where(last, way.end, rows.u + way.sign * h)
-        trial = self.trial(way, rows, u, way.sign * h)
-        with torch.no_grad():
-            tall = rows.y.abs().maximum(trial.y.abs())
-            tall = tall.add(trial.y + trial.slope, alpha=0)  # NaN where one is not finite
-            norms = self.norms(way, trial.errors, tall, u)
-            value = record.value(trial.y, u)
-        errors = np.minimum(np.abs(trial.factors) * norms, _LARGE)
-        errors[np.isnan(errors + value)] = math.inf
-        errors = self.judge(rows, errors)
         if self.coupled:
-            errors = _coupled(errors)
+            return self._step_together(way, record, rows)
+        u, h = self._ahead(way, rows)
+        trial = self.trial(way, rows, u, way.sign * h)
+        errors, value = self._errors(way, record, rows, u, trial)
         accept = errors[0] <= 1
         before = record.see(rows, u, trial.y, trial.slope, value, accept)
         new = rows._replace(y=trial.y, slope=trial.slope, memory=trial.memory, before=before)
         new = new.revert(rows, (~accept).nonzero()[0])
         return record.stop(self._control(way, new, h, u, errors, accept))
+
+    def _step_together(self, way: Coordinates, record: Record, rows: Rows) -> Rows:
+        """One trial step of all rows, whose numbers are the same; one not finite alone has failed.
+
+        Numbers are kept once for all: [1] where those of rows apart are [b].
+        """
+        common = rows.common()
+        u, h = self._ahead(way, common)
+        trial = self.trial(way, common, u, way.sign * h)
+        errors, value = self._errors(way, record, common, u, trial)
+        finite = np.isfinite(errors[0])
+        lost = (~finite).nonzero()[0] if finite.any() else np.arange(0)
+        errors = np.sqrt(np.square(errors[:, finite] if len(lost) else errors).mean(1))[:, None]
+        accept = errors[0] <= 1
+        moved = accept.repeat(len(rows.place))
+        moved[lost] = False
+        every = u.repeat(len(rows.place))
+        before = record.see(rows, every, trial.y, trial.slope, value, moved)
+        new = common._replace(y=trial.y, slope=trial.slope, memory=trial.memory, before=before)
+        new = new if accept[0] else new.revert(common, np.arange(len(rows.place)))
+        new = self._control(way, new, h, u, errors, accept).spread()
+        if len(lost):
+            failed = rows.take(lost)
+            status = np.full_like(failed.status, int(Status.NONFINITE))
+            failed = failed._replace(status=status, rejected=failed.rejected + 1)
+            new = Rows.join([new.take(finite.nonzero()[0]), failed])
+        return record.stop(new)
+
+    def _ahead(self, way: Coordinates, rows: Rows) -> tuple[Numbers, Numbers]:
+        """To where the next step goes, and how far that is."""
+        left, longest = np.abs(way.end - rows.u), np.minimum(rows.h, self.longest)
+        last = 1.01 * longest >= left
+        h = np.where(last, left, longest)
+        return np.where(last, way.end, rows.u + way.sign * h), h
+
+    @torch.no_grad()
+    def _errors(
+        self, way: Coordinates, record: Record, rows: Rows, u: Numbers, trial: Trial
+    ) -> tuple[Numbers, Numbers]:
+        """The errors [n, b] of a trial step to `u` that decide, and the event's value there."""
+        tall = rows.y.abs().maximum(trial.y.abs())
+        tall = tall.add(trial.y + trial.slope, alpha=0)  # NaN where one is not finite
+        norms = self.norms(way, trial.errors, tall, u)
+        value = record.value(trial.y, u)
+        errors = np.minimum(np.abs(trial.factors) * norms, _LARGE)
+        errors[np.isnan(errors + value)] = math.inf
+        return self.judge(rows, errors), value
 
     def _control(
         self,
@@ -353,8 +390,8 @@ class Adaptive(Integrator):
         h = h * np.where(finite, np.minimum(factor, rows.growth), _NONFINITE_FACTOR)
         accepted, rejected = rows.accepted + accept, rows.rejected + ~accept
         u = np.where(accept, u, rows.u)
-        hopeless = math.inf if self.coupled and finite.any() else _LEAST_TRY * way.length
-        least = np.where(finite, way.least_step, max(hopeless, way.least_step))
+        hopeless = max(_LEAST_TRY * way.length, way.least_step)
+        least = np.where(finite, way.least_step, hopeless)
         failed = np.where(finite, int(Status.STEP_LIMIT), int(Status.NONFINITE))
         spent = int(Status.STEP_LIMIT) * (accepted + rejected >= self.max_steps)
         status = np.where(h < least, failed, spent)
@@ -396,10 +433,3 @@ def _start_rows(y: Tensor, start: float) -> Rows:
     past, none = np.full((2, len(u)), _LEAST_PAST), np.zeros(len(u), np.int64)
     growth = np.full_like(u, _MAX_FACTOR)
     return Rows(np.arange(len(u)), u, 0 * u, past, growth, none, none, none, y, y)
-
-
-def _coupled(errors: Numbers) -> Numbers:
-    """One error for all rows that are finite."""
-    shared = np.isfinite(errors[0])
-    mean = np.sqrt(np.square(errors[:, shared]).mean(1, keepdims=True))
-    return np.where(shared, mean, errors)

@@ -159,10 +159,10 @@ class Record:
         return rows._replace(u=reached, y=y, status=status)
 
     def value(self, y: Tensor, u: Numbers) -> Numbers:
-        """The event's value at states and places, [b]: -1 and 1 for a condition."""
+        """The event's value at states and their places, [b]: -1 and 1 for a condition."""
         if self.event is None:
-            return np.zeros_like(u)
-        way = self.way
+            return np.zeros(1)
+        way, u = self.way, np.broadcast_to(u, len(y))
         with torch.no_grad():
             value = self.event(way.state(y, u).to(way.drift.dtype), way.drift.times(way.time(u)))
         if not isinstance(value, Tensor) or value.shape != u.shape or value.is_complex():

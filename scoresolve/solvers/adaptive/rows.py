@@ -76,6 +76,8 @@ class Rows(NamedTuple):
         """The rows, where those of `index` keep the state, slope and memory of `old`."""
         if not len(index):
             return self
+        if len(index) == len(self.place):
+            return self._replace(y=old.y, slope=old.slope, memory=old.memory)
         at = torch.from_numpy(index).to(self.y.device)
 
         def kept(new: Part, old: Part) -> Any:
@@ -91,6 +93,27 @@ class Rows(NamedTuple):
         memory = tuple(map(kept, self.memory, old.memory))
         return self._replace(
             y=kept(self.y, old.y), slope=kept(self.slope, old.slope), memory=memory
+        )
+
+    def common(self) -> Rows:
+        """Rows that go together, with one number [..., 1] for all where they have the same."""
+        return self._shared(lambda part: part[..., :1])
+
+    def spread(self) -> Rows:
+        """The rows of `common`, each with its own numbers again."""
+        return self._shared(lambda part: part.repeat(len(self.place), -1))
+
+    def _shared(self, change: Callable[[Numbers], Numbers]) -> Rows:
+        memory = (m if isinstance(m, Tensor) else change(m) for m in self.memory)
+        return self._replace(
+            u=change(self.u),
+            h=change(self.h),
+            past=change(self.past),
+            growth=change(self.growth),
+            status=change(self.status),
+            accepted=change(self.accepted),
+            rejected=change(self.rejected),
+            memory=tuple(memory),
         )
 
     def bare(self) -> Rows:

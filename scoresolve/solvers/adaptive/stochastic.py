@@ -71,7 +71,7 @@ class _PosteriorMean(LogSNR):
 
     def increment(self, rows: Rows | Point, u: Numbers) -> Tensor:
         """B from where the rows are to u."""
-        start, end = map(torch.from_numpy, (self.snr(rows.u), self.snr(u)))
+        start, end = (torch.from_numpy(self.snr(at)).squeeze() for at in (rows.u, u))
         return self.noise.rows(torch.from_numpy(rows.place)).increment(rows.y, start, end)
 
     def flat(self, rows: Rows | Point, u: Numbers) -> Tensor:
@@ -157,7 +157,7 @@ class _Driver(Time):
 
     def kick(self, rows: Rows | Point, u: Numbers) -> tuple[Tensor, Tensor]:
         """g dW from the rows' times to u, with g at the start and at the end."""
-        ends = [torch.from_numpy(at) for at in (rows.u, u)]
+        ends = [torch.from_numpy(at).squeeze() for at in (rows.u, u)]
         w = self.noise.rows(torch.from_numpy(rows.place)).increment(rows.y, *ends)
         first, last = (expand(self.diffusion(t), w, t) * w for t in map(self.drift.times, ends))
         return first, last
