@@ -11,7 +11,15 @@ import scoresolve as ss
 from scoresolve.certificates import certify, measured_order
 from scoresolve.errors import ArgumentError, UnknownNameError
 from scoresolve.plans import Linear, Run
-from scoresolve.solvers import REGISTRY, DPMSolverPP, EulerMaruyama, Solver, get_solver
+from scoresolve.solvers import (
+    REGISTRY,
+    SRA1,
+    DPMSolverPP,
+    EulerMaruyama,
+    ShARK,
+    Solver,
+    get_solver,
+)
 
 FIXED = [name for name in REGISTRY if isinstance(get_solver(name), Solver)]
 COARSE = (32, 64, 128, 256)
@@ -68,6 +76,31 @@ def test_a_broken_solver_fails(broken: Solver) -> None:
     certificate = certify(broken, refinements=COARSE)
     assert not certificate.passed
     assert any("order" in check.claim and not check.passed for check in certificate.checks)
+
+
+class Blind(SRA1):
+    """Without the area of the path."""
+
+    name, areas = "blind", (0.0, 0.0)
+
+
+class Misled(ShARK):
+    """The area of the wrong sign."""
+
+    name, areas = "misled", (-1.0, -1.0)
+
+
+@pytest.mark.parametrize("broken", [Blind(), Misled()], ids=repr)
+def test_an_order_along_paths_that_is_not_there_is_seen(broken: Solver) -> None:
+    certificate = certify(broken, refinements=COARSE, budgets=(20,))
+    failed = {check.claim for check in certificate.checks if not check.passed}
+    assert "order 1.5 along Brownian paths" in failed
+    assert certificate.orders["strong"] < 1.2
+
+
+def test_only_noise_that_belongs_to_the_steps_has_an_order_along_paths() -> None:
+    orders = {name: certify(name, refinements=COARSE).orders for name in ("ddpm", "edm_churn")}
+    assert 0.8 < orders["ddpm"]["strong"] < 1.3 and "strong" not in orders["edm_churn"]
 
 
 def test_claiming_too_high_an_order_fails() -> None:

@@ -605,7 +605,7 @@ def test_draws_that_belong_to_no_step_are_those_of_the_noise() -> None:
 @pytest.mark.parametrize("name", STOCHASTIC)
 def test_every_stochastic_solver_keeps_its_variance_on_a_path(name: str) -> None:
     sde, n = VP(), 2**10
-    budget = {} if isinstance(get_solver(name), Integrator) else {"nfe": 40}
+    budget = {} if isinstance(get_solver(name), Integrator) else {"nfe": 20}
 
     def variance(noise: NoiseSource) -> float:
         options = {"solver": name, "noise": noise, "dtype": F64, **budget}

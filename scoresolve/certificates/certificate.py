@@ -59,7 +59,9 @@ class Certificate:
         nominal_order: the order the solver claims; None if it claims none.
         steps: numbers of steps between which orders were measured.
         errors: error at each of them by quantity: "mean", "covariance" and, if deterministic,
-            "path" on Gaussian data, and at the first of the steps "strong" on a mixture.
+            "path" on Gaussian data; "strong" at the first of the steps on a mixture, RMS per
+            coordinate, if deterministic to the exact images of starts, else, where all noise
+            belongs to intervals of time, to half as many steps along the same Brownian paths.
         orders: measured order by quantity; infinite where the error is rounding already.
         nfe: network calls as a function of the steps n.
         bias: exact errors at several budgets.

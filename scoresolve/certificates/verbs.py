@@ -36,8 +36,10 @@ def certify(
 
     On Gaussian data the law of a sampler is exact, so orders of mean, covariance and path and
     the bias at a budget come out to rounding, without sampling; on a mixture a deterministic one
-    is held against the exact flow. Orders are measured between the log-SNR levels 3 and -3 on the
-    angle grid, where no form of the probability flow is singular, biases on the whole way.
+    is held against the exact flow, and a solver whose noise belongs to intervals of time against
+    itself with half the steps along the same Brownian paths. Orders are measured between the
+    log-SNR levels -3 and 3 on the angle grid, where no form of the probability flow is singular,
+    biases on the whole way.
 
     Args:
         solver: a name of the registry, a `Solver`, an `Integrator`, or a `BlackBox`, a sampler

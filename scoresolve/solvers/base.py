@@ -29,6 +29,8 @@ class Solver(ABC):
         order: nominal order of accuracy, which the certificate measures: of the path and the
             mean if deterministic, of mean and covariance (weak) if stochastic; None if refining
             the grid alone does not converge, as with an unadjusted corrector.
+        strong_order: order along one Brownian path in the clock of the SNR, which
+            `BrownianPath.in_snr` gives with its areas; None if it claims none.
         stochastic: whether a step draws noise.
         source: paper and equation.
         jumps_at_noise: whether its variables are singular at alpha = 0. A step from or to there
@@ -43,6 +45,7 @@ class Solver(ABC):
     name: str
     predicts: str
     order: int | None
+    strong_order: float | None = None
     stochastic: bool = False
     source: str
     jumps_at_noise: bool = False

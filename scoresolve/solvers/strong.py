@@ -24,7 +24,7 @@ __all__ = ["SRA1", "ShARK"]
 
 
 class _Strong(Solver):
-    predicts, order, stochastic, grid = "x0", 2, True, "log_snr"
+    predicts, order, strong_order, stochastic, grid = "x0", 2, 1.5, True, "log_snr"
     jumps_at_noise, jumps_at_data = True, True
     node: float
     weights: tuple[float, float]

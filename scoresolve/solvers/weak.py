@@ -46,7 +46,7 @@ class WeakRungeKutta(Solver):
     """
 
     name, source = "weak_rk3", "own, on the conditions of Debrabant 2010 (BIT 50)"
-    predicts, order, stochastic, grid = "x0", 3, True, "log_snr"
+    predicts, order, strong_order, stochastic, grid = "x0", 3, 1.5, True, "log_snr"
     jumps_at_noise, jumps_at_data = True, True
     nodes = (0.0, 1 / 9, 1 / 9, 11 / 16)
     rows = (
