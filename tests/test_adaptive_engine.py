@@ -369,6 +369,20 @@ def test_coupled_rows_have_saved_states_a_path_and_events_of_their_own(
 
 
 @pytest.mark.parametrize("solver_class", TWO)
+def test_a_coupled_row_that_fails_in_a_step_with_an_event_is_not_taken_for_another(
+    solver_class: type[Adaptive],
+) -> None:
+    x = torch.linspace(2, 5, 40, dtype=torch.float64)[:, None].repeat(1, 2)
+    x[0] = 9.0
+    drift = poisoned(decay, lambda x, t, *_: (t > 0.4) & (x[:, 0] > 5))
+    solver = solver_class(1e-6, 1e-6, coupled=True, event=lambda x, t: x[:, 0] - 2.0)
+    solution = solver.solve(drift, x, 0.0, 1.5)
+    assert solution.status.tolist() == [Status.NONFINITE] + 39 * [Status.EVENT]
+    crossing = (1 + 2 * (x[1:, 0] / 2).log()).sqrt() - 1
+    torch.testing.assert_close(solution.t[1:], crossing, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("solver_class", TWO)
 def test_a_bad_row_leaves_its_coupled_neighbours_unharmed(solver_class: type[Adaptive]) -> None:
     x, solver = state(4, 3), solver_class(1e-7, 1e-7, coupled=True)
     x[1] = math.nan

@@ -347,13 +347,13 @@ class Adaptive(Integrator):
         before = record.see(rows, every, trial.y, trial.slope, value, moved)
         new = common._replace(y=trial.y, slope=trial.slope, memory=trial.memory, before=before)
         new = new if accept[0] else new.revert(common, np.arange(len(rows.place)))
-        new = self._control(way, new, h, u, errors, accept).spread()
+        new = record.stop(self._control(way, new, h, u, errors, accept).spread())
         if len(lost):
             failed = rows.take(lost)
             status = np.full_like(failed.status, int(Status.NONFINITE))
             failed = failed._replace(status=status, rejected=failed.rejected + 1)
             new = Rows.join([new.take(finite.nonzero()[0]), failed])
-        return record.stop(new)
+        return new
 
     def _ahead(self, way: Coordinates, rows: Rows) -> tuple[Numbers, Numbers]:
         """To where the next step goes, and how far that is."""
