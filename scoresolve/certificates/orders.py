@@ -27,6 +27,7 @@ from scoresolve.certificates.certificate import (
     shown,
 )
 from scoresolve.certificates.probes import Watched
+from scoresolve.certificates.randomness import Seeded
 from scoresolve.errors import GridError, ScoresolveError
 from scoresolve.grid import make_grid
 from scoresolve.noise import BrownianPath, Philox
@@ -224,7 +225,7 @@ class Boxed(Measurable):
 
     def images(self, target: GaussianMixture, x: Tensor, n: int) -> Tensor:
         model = target.score_model(self.sde)
-        with torch.no_grad():
+        with Seeded(0), torch.no_grad():
             return self.box(model, x.to(self.box.dtype), self.steps(n), torch.randn_like)
 
     def budgeted(self, budget: int) -> tuple[int, AffineLaw]:
