@@ -72,6 +72,13 @@ def test_the_report_holds_a_table_and_the_plots_of_every_record(tmp_path: Path) 
     assert all(f"`python -m benchmarks {name}`" in page for name in DRAWN)
 
 
+def test_a_record_that_could_not_be_kept_is_refused_before_it_is_measured(tmp_path: Path) -> None:
+    path = tmp_path / "nowhere" / "tracing.json"
+    result = CliRunner().invoke(command.main, ["tracing", "--json", str(path)])
+    assert result.exit_code == 2
+    assert "there is no folder" in result.output
+
+
 def test_figures_that_do_not_exist_leave_a_table_without_a_plot(tmp_path: Path) -> None:
     page = write_report([record("overhead", [{"solver": "euler", "ratio": "never"}])], tmp_path)
     assert "| euler | never |" in page.read_text()
