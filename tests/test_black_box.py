@@ -20,7 +20,7 @@ from scoresolve.certificates import MEAN, VARIANCE, Certificate, Draws, NotAffin
 from scoresolve.certificates.probes import Watched
 from scoresolve.errors import ArgumentError
 from scoresolve.noise import CallableNoise
-from scoresolve.peers import BlackBox, edm_sampler
+from scoresolve.peers import BlackBox, diffusers_scheduler, edm_sampler, installed
 from scoresolve.targets import gaussian
 
 F64 = torch.float64
@@ -366,6 +366,29 @@ def test_draws_that_cannot_be_held_do_not_blame_the_neighbours() -> None:
 def test_claims_that_cannot_be_are_refused(claims: dict[str, Any]) -> None:
     with pytest.raises(ArgumentError, match=next(iter(claims))):
         BlackBox(lambda model, x, n, noise: x, **claims)
+
+
+def test_a_sampler_that_does_not_return_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(model: ss.Model, x: Tensor, n: int, noise: Any) -> Tensor:
+        while True:
+            model.predict("x0", x, 1.0)
+
+    for module in ("conduct", "orders"):
+        monkeypatch.setattr(f"scoresolve.certificates.{module}.ENDLESS", 300)
+    for adaptive in (True, False):
+        found = ss.certify(BlackBox(run, adaptive=adaptive), **QUICK)
+        (ran,) = (check for check in found.checks if check.claim == "runs")
+        assert (ran.passed, ran.seen) == (False, "Endless: more than 300 calls")
+
+
+def test_an_adapter_takes_what_has_no_name_and_refuses_what_is_no_sampler() -> None:
+    assert edm_sampler(functools.partial(ours, "ddim")).name == "edm_sampler"
+    with pytest.raises(ArgumentError, match="sampler"):
+        edm_sampler(3)  # type: ignore[arg-type]
+    if installed("diffusers"):
+        for path, options in (("ddim.Nope", {}), ("ddim", {}), ("ddim.DDIMScheduler", {"q": 1})):
+            with pytest.raises(ArgumentError, match="diffusers makes no scheduler"):
+                diffusers_scheduler(path, **options)
 
 
 def test_a_run_without_calls_is_told_as_such() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from scoresolve.certificates.certificate import MEAN, VARIANCE, Check
-from scoresolve.certificates.probes import Endless, Misshapen, Spoilt, Watched
+from scoresolve.certificates.probes import ENDLESS, Endless, Misshapen, Spoilt, Watched
 from scoresolve.certificates.randomness import Draws, Seeded
 from scoresolve.errors import Status
 from scoresolve.models import Model
@@ -114,7 +114,7 @@ class Foreign(Subject):
 def conduct(subject: Subject) -> list[Check]:
     """The checks that need no exact law."""
     model = Watched(gaussian(MEAN, VARIANCE).score_model(subject.sde))
-    watched = Watched(model)
+    watched = Watched(model, most=ENDLESS)
     try:
         with Draws() as draws:
             whole = subject.run(watched, ROWS, apart=True)

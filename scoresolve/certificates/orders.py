@@ -26,7 +26,7 @@ from scoresolve.certificates.certificate import (
     measured_order,
     shown,
 )
-from scoresolve.certificates.probes import Watched
+from scoresolve.certificates.probes import ENDLESS, Watched
 from scoresolve.certificates.randomness import Seeded
 from scoresolve.errors import GridError, ScoresolveError
 from scoresolve.grid import make_grid
@@ -183,7 +183,7 @@ class Boxed(Measurable):
         self.rounding = ROUNDING if box.dtype == torch.float64 else 1e-4
         self.inside = inside(sde)
         target = gaussian(MEAN, VARIANCE)
-        model = Watched(target.score_model(sde))
+        model = Watched(target.score_model(sde), most=ENDLESS)
         self.law_between = functools.cache(functools.partial(affine_law, box, model, target, sde))
 
     def steps(self, n: int) -> Any:
