@@ -147,7 +147,10 @@ def _command(name: str, benchmark: Benchmark) -> click.Command:
     )
     def run(full: bool, path: Path | None) -> None:
         begin = time.perf_counter()
-        rows = (benchmark.full if full else benchmark.small)()
+        try:
+            rows = (benchmark.full if full else benchmark.small)()
+        except ImportError as error:
+            raise click.ClickException(str(error)) from error
         seconds = round(time.perf_counter() - begin, 1)
         click.echo(text_table(rows))
         if path is not None:
