@@ -181,6 +181,13 @@ def test_a_page_of_certificates_shows_every_check() -> None:
     assert all(check.claim in page for check in certificate.checks)
 
 
+def test_a_page_holds_a_sampler_whose_every_error_is_infinite() -> None:
+    lost = BlackBox(lambda model, x, n, noise: x * float("nan"), "lost", order=1)
+    certificate = ss.certify(lost, refinements=(8, 16), budgets=(8,))
+    assert set(certificate.errors["mean"]) == {float("inf")}
+    assert "errors of lost against steps" in certificate_page([certificate])
+
+
 def test_bad_requests_are_refused() -> None:
     with pytest.raises(UnknownNameError, match="diffusers"):
         ss.audit("difusers")
