@@ -189,6 +189,9 @@ def test_a_page_holds_a_sampler_whose_every_error_is_infinite() -> None:
 
 
 def test_bad_requests_are_refused() -> None:
+    for only in ("RK45", ("(",), (3,)):
+        with pytest.raises(ArgumentError, match="regular expressions"):
+            ss.audit("scipy", only=only)  # type: ignore[arg-type]
     with pytest.raises(UnknownNameError, match="diffusers"):
         ss.audit("difusers")
     with pytest.raises(ArgumentError, match="no sampler"):

@@ -337,11 +337,21 @@ def test_draws_from_numpy_are_seen_and_the_callers_generators_left_alone() -> No
     assert after == before
 
 
-def test_draws_that_cannot_be_held_do_not_blame_the_neighbours() -> None:
+def signs(x: Tensor) -> Tensor:
+    return torch.randint(0, 2, x.shape).to(x) * 2 - 1
+
+
+def row_by_row(x: Tensor) -> Tensor:
+    return torch.stack([torch.randn_like(row) for row in x])
+
+
+@pytest.mark.parametrize("draw", [signs, row_by_row])
+def test_draws_that_cannot_be_held_do_not_blame_the_neighbours(
+    draw: Callable[[Tensor], Tensor],
+) -> None:
     def run(model: ss.Model, x: Tensor, times: Sequence[float], noise: Any) -> Tensor:
-        for _ in range(2):  # the second begins where the first of this batch ended
-            signs = torch.randint(0, 2, x.shape).to(x) * 2 - 1
-        return ours("ddim")(model, x, times, noise) + 0.1 * signs
+        first, second = draw(x), draw(x)  # the second begins where the first of this batch ended
+        return ours("ddim")(model, x, times, noise) + 0.1 * (first + second)
 
     found = ss.certify(box(run, stochastic=True), **QUICK)
     claims = {check.claim for check in found.checks}

@@ -130,7 +130,7 @@ def conduct(subject: Subject) -> list[Check]:
         checks.append(Check("draws no random numbers", count == 0, f"{count} draws"))
     return [
         *checks,
-        *_neighbours(subject, few, whole, draws.others > 0 or whole.drew_elsewhere),
+        *_neighbours(subject, few, whole, not draws.held(ROWS) or whole.drew_elsewhere),
         _spoilt(subject, model, watched.calls, whole),
         _misshapen(subject, model),
     ]

@@ -46,6 +46,10 @@ class Draws(TorchFunctionMode):
     def normals(self) -> int:
         return len(self._known)
 
+    def held(self, rows: int) -> bool:
+        """Whether all that was drawn are normals for `rows` rows at once, which can be answered."""
+        return not self.others and all(shape[:1] == (rows,) for _, shape in self._known)
+
     def __torch_function__(
         self,
         func: Any,
