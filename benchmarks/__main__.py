@@ -128,6 +128,13 @@ def main() -> None:
     """Measure solvers, ours and those of other libraries, and draw what was measured."""
 
 
+def _writable(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
+    """Refuse a file that could not be written once all is measured."""
+    if path is not None and not path.parent.is_dir():
+        raise click.BadParameter(f"there is no folder {path.parent}, make it first")
+    return path
+
+
 def _command(name: str, benchmark: Benchmark) -> click.Command:
     @click.command(name, help=benchmark.about)
     @click.option("--full", is_flag=True, help="The full setting instead of the small one.")
@@ -135,11 +142,15 @@ def _command(name: str, benchmark: Benchmark) -> click.Command:
         "--json",
         "path",
         type=click.Path(path_type=Path, dir_okay=False, writable=True),
+        callback=_writable,
         help="Keep the figures, with versions and machine, in this file.",
     )
     def run(full: bool, path: Path | None) -> None:
         begin = time.perf_counter()
-        rows = (benchmark.full if full else benchmark.small)()
+        try:
+            rows = (benchmark.full if full else benchmark.small)()
+        except ImportError as error:
+            raise click.ClickException(str(error)) from error
         seconds = round(time.perf_counter() - begin, 1)
         click.echo(text_table(rows))
         if path is not None:

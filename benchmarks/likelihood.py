@@ -99,7 +99,9 @@ def measure(full: bool = False, cases: Sequence[str] = tuple(CASES)) -> list[dic
             if full or size <= 16:
                 methods["torchdiffeq dopri5, exact"] = lambda: _torchdiffeq(mixture, x, True)  # noqa: B023
         if not methods and not rows:
-            print("no peer is installed: pip install k-diffusion torchdiffeq")
+            print("not installed, so left out: torchdiffeq, k-diffusion")
+        elif not rows and not util.find_spec("k_diffusion"):
+            print("not installed, so left out: k-diffusion")
         for cost in COSTS if full else COSTS[:2]:
             methods[f"scoresolve, cost={cost}"] = lambda cost=cost: _ours(mixture, sde, x, cost)  # type: ignore[misc] # noqa: B023
         for method, run in methods.items():

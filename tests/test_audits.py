@@ -135,6 +135,22 @@ def test_gotta_go_fast_with_a_row_that_is_not_a_number_is_found_not_to_return() 
     assert ours.passed, str(ours)
 
 
+@pytest.mark.parametrize(
+    ("library", "sampler", "claim", "word"),
+    [
+        ("diffusers", "plms, as shipped", "keeps the variance of narrow data", "set_alpha_to_one"),
+        ("diffusers", "euler, as shipped", "keeps the variance of narrow data", "jumps to sigma"),
+        ("diffusers", "lcm", "keeps the variance of narrow data", "consistency model"),
+        ("k-diffusion", "dpm_adaptive, as shipped", "draws no random numbers", "eta is 0"),
+        ("k-diffusion", "dpm_adaptive, as shipped", "keeps a NaN row to itself", "for ever"),
+    ],
+)
+def test_a_cause_is_that_of_the_sampler_and_not_of_its_neighbours(
+    library: str, sampler: str, claim: str, word: str
+) -> None:
+    assert word in cause_of(library, sampler, claim)
+
+
 # --- reports -------------------------------------------------------------------------------------
 
 
@@ -165,7 +181,17 @@ def test_a_page_of_certificates_shows_every_check() -> None:
     assert all(check.claim in page for check in certificate.checks)
 
 
+def test_a_page_holds_a_sampler_whose_every_error_is_infinite() -> None:
+    lost = BlackBox(lambda model, x, n, noise: x * float("nan"), "lost", order=1)
+    certificate = ss.certify(lost, refinements=(8, 16), budgets=(8,))
+    assert set(certificate.errors["mean"]) == {float("inf")}
+    assert "errors of lost against steps" in certificate_page([certificate])
+
+
 def test_bad_requests_are_refused() -> None:
+    for only in ("RK45", ("(",), (3,)):
+        with pytest.raises(ArgumentError, match="regular expressions"):
+            ss.audit("scipy", only=only)  # type: ignore[arg-type]
     with pytest.raises(UnknownNameError, match="diffusers"):
         ss.audit("difusers")
     with pytest.raises(ArgumentError, match="no sampler"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,49 @@ def test_the_report_holds_a_table_and_the_plots_of_every_record(tmp_path: Path) 
     assert len(pictures) == 4  # one of bars, one of columns, two of series
     assert all(f"]({name})" in page for name in pictures)
     assert all(f"`python -m benchmarks {name}`" in page for name in DRAWN)
+
+
+def test_a_record_that_could_not_be_kept_is_refused_before_it_is_measured(tmp_path: Path) -> None:
+    path = tmp_path / "nowhere" / "tracing.json"
+    result = CliRunner().invoke(command.main, ["tracing", "--json", str(path)])
+    assert result.exit_code == 2
+    assert "there is no folder" in result.output
+
+
+@pytest.mark.parametrize(
+    ("gone", "word"),
+    [
+        (("k_diffusion",), "not installed, so left out: k-diffusion"),
+        (("k_diffusion", "diffusers", "azula"), "no peer is installed: pip install"),
+    ],
+)
+def test_peers_that_are_absent_are_left_out_with_a_word(
+    gone: tuple[str, ...], word: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in gone:
+        monkeypatch.setitem(sys.modules, module, None)
+    fresh = command.nfe.samplers_of_peers.__wrapped__  # not those of an earlier test
+    monkeypatch.setattr(command.nfe, "samplers_of_peers", fresh)
+    if len(gone) < 3 and not installed("azula"):
+        pytest.skip("azula is not installed")
+    monkeypatch.setattr(command.nfe, "compare", lambda *_: 1 / 0)  # all that follows takes long
+    result = CliRunner().invoke(command.main, ["nfe"])
+    assert word in result.output
+    assert result.exit_code == 1
+    assert isinstance(result.exception, ZeroDivisionError if len(gone) < 3 else SystemExit)
+
+
+@pytest.mark.parametrize("name", ["anchors", "nfe"])
+def test_a_benchmark_of_peers_alone_says_what_to_install(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("k_diffusion", "diffusers", "azula"):
+        monkeypatch.setitem(sys.modules, module, None)
+    fresh = command.nfe.samplers_of_peers.__wrapped__  # not those of an earlier test
+    monkeypatch.setattr(command.nfe, "samplers_of_peers", fresh)
+    result = CliRunner().invoke(command.main, [name])
+    assert "installed: pip install 'scoresolve[bench]'" in result.output
+    assert isinstance(result.exception, SystemExit)
 
 
 def test_figures_that_do_not_exist_leave_a_table_without_a_plot(tmp_path: Path) -> None:

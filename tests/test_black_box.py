@@ -5,9 +5,12 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import random
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -17,7 +20,7 @@ from scoresolve.certificates import MEAN, VARIANCE, Certificate, Draws, NotAffin
 from scoresolve.certificates.probes import Watched
 from scoresolve.errors import ArgumentError
 from scoresolve.noise import CallableNoise
-from scoresolve.peers import BlackBox, edm_sampler
+from scoresolve.peers import BlackBox, diffusers_scheduler, edm_sampler, installed
 from scoresolve.targets import gaussian
 
 F64 = torch.float64
@@ -267,3 +270,138 @@ def test_bad_claims_are_refused() -> None:
         BlackBox(plain, gridded=True, end=0.0)
     with pytest.raises(ArgumentError, match="made for"):
         ss.certify(BlackBox(plain, sde=ss.EDM()), ss.VP())
+
+
+# --- what anyone may hand in ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda x: None, "returned NoneType"),
+        (lambda x: (x,), "returned tuple"),
+        (lambda x: x.numpy(), "returned ndarray"),
+        (lambda x: x[:, :1], r"returned shape \(7, 1\) for a start of shape \(7, 3\)"),
+        (lambda x: x[:1], r"returned shape \(1, 3\)"),
+    ],
+)
+def test_a_sampler_that_returns_no_samples_fails_its_run(
+    answer: Callable[[Tensor], Any], message: str
+) -> None:
+    def run(model: ss.Model, x: Tensor, times: Sequence[float], noise: Any) -> Any:
+        return answer(ours("ddim")(model, x, times, noise))
+
+    found = ss.certify(box(run, order=1), **QUICK)
+    assert {"has an exact law", "runs"} <= failed(found)
+    (ran,) = (check for check in found.checks if check.claim == "runs")
+    assert re.search(message, ran.seen)
+
+
+def test_a_sampler_that_passes_a_wrong_shape_on_does_not_refuse_it() -> None:
+    def x0(model: ss.Model, x: Tensor, n: int, noise: Any) -> Tensor:
+        return model.predict("x0", x, 1.0)
+
+    found = ss.certify(BlackBox(x0), **QUICK)
+    assert "refuses a model of the wrong shape" in failed(found)
+
+
+def test_a_sampler_may_write_into_its_start() -> None:
+    def run(model: ss.Model, x: Tensor, n: int, noise: Any) -> Tensor:
+        times = torch.linspace(1.0, 1e-3, n + 1, dtype=x.dtype)
+        for t, s in itertools.pairwise(times):
+            x += (s - t) * model.predict("flow", x, t)
+        return x
+
+    def pure(model: ss.Model, x: Tensor, n: int, noise: Any) -> Tensor:
+        return run(model, x.clone(), n, noise)
+
+    found, expected = (
+        ss.certify(BlackBox(each, "euler", order=1), **QUICK) for each in (run, pure)
+    )
+    assert found == expected
+    assert "strong" in found.orders
+
+
+def test_draws_from_numpy_are_seen_and_the_callers_generators_left_alone() -> None:
+    def run(model: ss.Model, x: Tensor, times: Sequence[float], noise: Any) -> Tensor:
+        drawn = torch.from_numpy(np.random.standard_normal(tuple(x.shape)))
+        return ours("ddim")(model, x, times, noise) + 0 * drawn + 0 * random.random()
+
+    np.random.seed(5)
+    random.seed(5)
+    torch.manual_seed(5)
+    before = np.random.get_state()[1].tolist(), random.getstate(), torch.get_rng_state().tolist()
+    found = ss.certify(box(run), **QUICK)
+    after = np.random.get_state()[1].tolist(), random.getstate(), torch.get_rng_state().tolist()
+    assert "draws no random numbers" in failed(found)
+    assert after == before
+
+
+def signs(x: Tensor) -> Tensor:
+    return torch.randint(0, 2, x.shape).to(x) * 2 - 1
+
+
+def row_by_row(x: Tensor) -> Tensor:
+    return torch.stack([torch.randn_like(row) for row in x])
+
+
+@pytest.mark.parametrize("draw", [signs, row_by_row])
+def test_draws_that_cannot_be_held_do_not_blame_the_neighbours(
+    draw: Callable[[Tensor], Tensor],
+) -> None:
+    def run(model: ss.Model, x: Tensor, times: Sequence[float], noise: Any) -> Tensor:
+        first, second = draw(x), draw(x)  # the second begins where the first of this batch ended
+        return ours("ddim")(model, x, times, noise) + 0.1 * (first + second)
+
+    found = ss.certify(box(run, stochastic=True), **QUICK)
+    claims = {check.claim for check in found.checks}
+    assert "keeps samples apart" not in claims
+    assert "gives the same sample in any batch" in failed(found)
+
+
+@pytest.mark.parametrize(
+    "claims",
+    [
+        {"order": "2"},
+        {"order": math.nan},
+        {"dtype": torch.int64},
+        {"end": -1.0},
+        {"start": math.nan},
+        {"refinements": (8, 4)},
+        {"refinements": (8,)},
+        {"refinements": (2.5, 4)},
+    ],
+    ids=str,
+)
+def test_claims_that_cannot_be_are_refused(claims: dict[str, Any]) -> None:
+    with pytest.raises(ArgumentError, match=next(iter(claims))):
+        BlackBox(lambda model, x, n, noise: x, **claims)
+
+
+def test_a_sampler_that_does_not_return_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(model: ss.Model, x: Tensor, n: int, noise: Any) -> Tensor:
+        while True:
+            model.predict("x0", x, 1.0)
+
+    for module in ("conduct", "orders"):
+        monkeypatch.setattr(f"scoresolve.certificates.{module}.ENDLESS", 300)
+    for adaptive in (True, False):
+        found = ss.certify(BlackBox(run, adaptive=adaptive), **QUICK)
+        (ran,) = (check for check in found.checks if check.claim == "runs")
+        assert (ran.passed, ran.seen) == (False, "Endless: more than 300 calls")
+
+
+def test_an_adapter_takes_what_has_no_name_and_refuses_what_is_no_sampler() -> None:
+    assert edm_sampler(functools.partial(ours, "ddim")).name == "edm_sampler"
+    with pytest.raises(ArgumentError, match="sampler"):
+        edm_sampler(3)  # type: ignore[arg-type]
+    if installed("diffusers"):
+        for path, options in (("ddim.Nope", {}), ("ddim", {}), ("ddim.DDIMScheduler", {"q": 1})):
+            with pytest.raises(ArgumentError, match="diffusers makes no scheduler"):
+                diffusers_scheduler(path, **options)
+
+
+def test_a_run_without_calls_is_told_as_such() -> None:
+    found = ss.certify(BlackBox(lambda model, x, n, noise: x), **QUICK)
+    (inside,) = (c for c in found.checks if c.claim == "stays inside the interval")
+    assert inside.seen == "no calls"

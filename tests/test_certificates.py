@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import pytest
 
@@ -142,3 +143,27 @@ def test_bad_input_is_refused() -> None:
         certify("ddim", refinements=(64, 32))
     with pytest.raises(ArgumentError, match="not Gaussian"):
         certify("ddim", ss.Langevin(lambda x: -x))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"refinements": 8},
+        {"refinements": "abc"},
+        {"refinements": (8.5, 16)},
+        {"refinements": (1, 2)},
+        {"budgets": 20},
+        {"budgets": (0,)},
+        {"margin": math.nan},
+    ],
+    ids=str,
+)
+def test_numbers_that_cannot_be_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ArgumentError, match=next(iter(options))):
+        certify("euler", **options)
+
+
+def test_json_has_no_numbers_that_json_lacks() -> None:
+    text = certify("euler", refinements=(8, 16), budgets=()).to_json()
+    found = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert found["orders"]["mean"] == "inf"

@@ -16,6 +16,7 @@ import scoresolve as ss
 from scoresolve.distances import (
     DISTANCES,
     Distance,
+    DistanceTable,
     Pair,
     against_floor,
     draw_floor,
@@ -111,6 +112,8 @@ def test_laws_without_a_closed_form_are_refused() -> None:
     for distance in (gaussian_wasserstein, gaussian_kl):
         with pytest.raises(ArgumentError, match="not one Gaussian"):
             distance(STANDARD, ss.targets.ring())
+        with pytest.raises(ArgumentError, match="not one Gaussian"):
+            distance(None, STANDARD)
         with pytest.raises(ShapeError, match="one event shape"):
             distance(STANDARD, gaussian([0.0], [1.0]))
     with pytest.raises(ArgumentError, match="no density"):
@@ -494,6 +497,67 @@ def test_bad_samples_are_refused(
         ss.compare_samples(x, reference)
 
 
+def test_what_is_no_number_is_not_within_noise() -> None:
+    x, y = normal(20, 2), normal(20, 2, seed=1)
+    with pytest.raises(ScoresolveError, match="ksd is nan"):
+        ss.compare_samples(x, y, ("ksd",), score=lambda x: math.nan * x)
+    huge = [1e30 * each.float() for each in (x, y)]
+    table = ss.compare_samples(*huge, draws=19)
+    assert {"energy", "mmd", "sliced_wasserstein"} <= dict(table.left_out).keys()
+    assert all(math.isfinite(each.floor_quantile) for each in table.distances)
+
+
+def test_points_that_coincide_leave_out_what_needs_a_scale_of_them() -> None:
+    x, y = normal(20, 2), torch.ones(20, 2, dtype=torch.float64)
+    table = ss.compare_samples(x, y, draws=19)
+    assert "mmd" in dict(table.left_out)
+    assert "energy" in table.above_noise
+
+
+def test_json_has_no_numbers_that_json_lacks() -> None:
+    x = torch.ones(20, 2, dtype=torch.float64)
+    text = ss.compare_samples(x, x, ("energy",)).to_json()
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    far = against_floor("far", math.inf, torch.zeros(19), pair(normal(9), normal(9, seed=1)))
+    found = json.loads(DistanceTable((far,)).to_json())["distances"][0]
+    assert (found["value"], found["above_noise"]) == ("inf", True)
+
+
+def test_wasserstein_does_not_round_by_where_the_sets_lie() -> None:
+    x = normal(40, 2) + 1e6
+    moved = x + torch.tensor([1e-3, 0.0], dtype=torch.float64)
+    assert wasserstein(pair(moved, x), draws=19).value == pytest.approx(1e-3, rel=1e-5)
+
+
+class Own:
+    """A target of one's own, with something wrong in it."""
+
+    def __init__(self, **wrong: object) -> None:
+        for name, answer in wrong.items():
+            setattr(self, name, answer)
+
+    def sample(self, count: int, seed: int = 0) -> Tensor:
+        return normal(count, 2, seed=seed % 1000)
+
+
+@pytest.mark.parametrize(
+    ("target", "error", "message"),
+    [
+        (Own(sample=lambda count, seed: None), ShapeError, "NoneType"),
+        (Own(sample=lambda count, seed: normal(count - 1, 2)), ShapeError, r"returned \(19, 2\)"),
+        (Own(log_prob=lambda x: None), ShapeError, "NoneType"),
+        (Own(log_prob=lambda x: -(x**2) / 2), ShapeError, "one number each"),
+        (Own(score=lambda x: None), ShapeError, "NoneType"),
+        (Own, ArgumentError, "give samples"),
+    ],
+)
+def test_a_target_with_wrong_answers_is_refused(
+    target: object, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        ss.compare_samples(normal(20, 2), target, draws=19)
+
+
 def test_bad_options_are_refused() -> None:
     x, y = normal(9, 2), normal(9, 2, seed=1)
     with pytest.raises(UnknownNameError, match="energy"):
@@ -507,7 +571,7 @@ def test_bad_options_are_refused() -> None:
         ss.compare_samples(x, y, chunk=0)
     with pytest.raises(ArgumentError, match="bandwidth"):
         mmd(pair(x, y), bandwidth=0.0)
-    with pytest.raises(ArgumentError, match="coincide"):
+    with pytest.raises(ScoresolveError, match="coincide"):
         mmd(pair(x, torch.ones_like(y)))
     with pytest.raises(ArgumentError, match="order"):
         wasserstein(pair(x, y), order=0.5)

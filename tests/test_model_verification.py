@@ -394,6 +394,10 @@ def test_bad_input_is_refused() -> None:
     refused("probes", probes=1)
     refused("events", law=ss.targets.ring(), kind=ShapeError)
     refused("callable", score=3)
+    refused("ndarray", data=DATA.numpy())
+    refused("GaussianMixture", law="ring")
+    refused("sequence of names", quantities="curl")
+    refused("NoneType", score=lambda x, t: None, kind=ShapeError)
 
 
 def test_the_model_itself_is_accepted() -> None:

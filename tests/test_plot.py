@@ -156,6 +156,19 @@ def test_the_picture_of_a_verification_draws_what_was_measured() -> None:
         assert tuple(getattr(row, name).value for row in found.levels) in drawn
     with pytest.raises(ArgumentError, match="nothing to draw"):
         plot_verification({})
+    with pytest.raises(ArgumentError, match="by name"):
+        plot_verification(found)
+
+
+def test_models_are_named_in_the_first_panel_that_has_them() -> None:
+    law, sde = ss.targets.ring(), ss.VP()
+    options = {"levels": 2, "points": 4, "quantities": ("curl",)}
+    found = ss.verify_model(law.score_model(sde), sde, law.sample(32), **options)
+    legends = [axes.get_legend() for axes in plot_verification({"mine": found}).axes]
+    assert [None if each is None else each.texts[0].get_text() for each in legends] == [
+        *(None, None, None),
+        "mine",
+    ]
 
 
 def test_comparison_meets_the_budget_and_knows_its_reference() -> None:

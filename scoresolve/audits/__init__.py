@@ -21,9 +21,17 @@ from scoresolve.audits.page import audit_page, certificate_page
 from scoresolve.audits.report import Audit, Defect, pages
 from scoresolve.certificates import Certificate, certify
 from scoresolve.errors import ArgumentError
-from scoresolve.peers import boxes
+from scoresolve.peers import BlackBox, boxes
 
-__all__ = ["Audit", "Defect", "audit", "audit_page", "certificate_page", "pages"]
+__all__ = [
+    "Audit",
+    "Defect",
+    "audit",
+    "audit_page",
+    "certificate_page",
+    "chosen_boxes",
+    "pages",
+]
 
 REFINEMENTS, BUDGETS = (32, 64, 128, 256), (10, 20, 50)
 
@@ -48,15 +56,10 @@ def audit(
 
     Raises:
         UnknownNameError: no such library.
-        ArgumentError: it is not installed, or no sampler has such a name.
+        ArgumentError: it is not installed, `only` holds no regular expressions, or no sampler has
+            such a name.
     """
-    chosen = {
-        name: box
-        for name, box in boxes(library).items()
-        if not only or any(re.search(each, name) for each in only)
-    }
-    if not chosen:
-        raise ArgumentError(f"no sampler of {library} has a name like {', '.join(only)}")
+    chosen = chosen_boxes(library, only)
     bar = tqdm(chosen.items(), disable=None if progress else True, unit="sampler")
     certificates = tuple(
         replace(certify(box, refinements=refinements, budgets=BUDGETS), solver=name)
@@ -69,6 +72,24 @@ def audit(
         certificates=certificates,
         defects=_defects(library, certificates),
     )
+
+
+def chosen_boxes(library: str, only: Sequence[str] = ()) -> dict[str, BlackBox]:
+    """The samplers that `audit` would certify, by name; raises as it does."""
+    if isinstance(only, str):
+        raise ArgumentError(f"only = {only!r}: give a sequence of regular expressions")
+    try:
+        patterns = [re.compile(each) for each in only]
+    except (re.error, TypeError) as error:
+        raise ArgumentError(f"only = {tuple(only)}: no regular expressions: {error}") from None
+    chosen = {
+        name: box
+        for name, box in boxes(library).items()
+        if not patterns or any(pattern.search(name) for pattern in patterns)
+    }
+    if not chosen:
+        raise ArgumentError(f"no sampler of {library} has a name like {', '.join(only)}")
+    return chosen
 
 
 def _defects(library: str, certificates: Sequence[Certificate]) -> tuple[Defect, ...]:

@@ -35,6 +35,20 @@ _CAUSES: tuple[tuple[str, str, str, str], ...] = (
     ),
     (
         "diffusers",
+        r"plms, as shipped",
+        r"order|keeps the variance",
+        "by default (`set_alpha_to_one=False`) the last step goes to the first level of the chain "
+        "instead of to clean data, so that the noise of that level is left",
+    ),
+    (
+        "diffusers",
+        r"lcm",
+        r"keeps the variance",
+        "fresh noise is added to the predicted x0, which is a mean unless the network is a "
+        "consistency model, so that the variance of x0 given x is lost at every step",
+    ),
+    (
+        "diffusers",
         r"ddim\((linspace|trailing)\).*",
         r"order|no refinement",
         "`step` takes timestep - 1000 // n for the next one, whatever the spacing of the timesteps",
@@ -78,7 +92,7 @@ _CAUSES: tuple[tuple[str, str, str, str], ...] = (
     ),
     (
         "diffusers",
-        r"(lms4|plms|ipndm|pndm).*",
+        r"(lms4|ipndm|pndm).*",
         r"order",
         "the first steps have lower order, and nothing makes up for their error",
     ),
@@ -120,7 +134,7 @@ _CAUSES: tuple[tuple[str, str, str, str], ...] = (
     ),
     (
         "k-diffusion",
-        r"dpmpp_.*",
+        r"(dpmpp_|dpm_fast|dpm_adaptive).*",
         r"draws no",
         "noise is drawn and multiplied by 0 when eta is 0",
     ),

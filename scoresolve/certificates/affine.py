@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from scoresolve.certificates.probes import Watched
-from scoresolve.certificates.randomness import Draws
+from scoresolve.certificates.randomness import Draws, Seeded
 from scoresolve.errors import ScoresolveError
 from scoresolve.noise import Philox
 from scoresolve.peers import BlackBox
@@ -163,7 +163,7 @@ def _run(
             raise NotAffine(f"draws of shape {tuple(like.shape)} for {tuple(x.shape)} states")
         return torch.zeros_like(like) if unit is None else unit(index).reshape(like.shape)
 
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), Draws(answer) as draws:
+    with Seeded(0), torch.no_grad(), Draws(answer) as draws:
         y = box(model, x, n, torch.randn_like)
     return y, draws.normals
 

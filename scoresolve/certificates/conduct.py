@@ -6,17 +6,16 @@ import math
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from scoresolve.certificates.certificate import MEAN, VARIANCE, Check
-from scoresolve.certificates.probes import Endless, Misshapen, Spoilt, Watched
-from scoresolve.certificates.randomness import Draws
+from scoresolve.certificates.probes import ENDLESS, Endless, Misshapen, Spoilt, Watched
+from scoresolve.certificates.randomness import Draws, Seeded
 from scoresolve.errors import Status
 from scoresolve.models import Model
 from scoresolve.noise import Philox, Purpose
-from scoresolve.peers import BlackBox
+from scoresolve.peers import BadOutput, BlackBox
 from scoresolve.sampling import sample
 from scoresolve.sde import GaussianSDE
 from scoresolve.solvers import Integrator, Solver, TorchDiffEq
@@ -29,11 +28,12 @@ PATIENCE = 2000
 
 
 class Outcome(NamedTuple):
-    """What a run gave: samples, and what it says of them."""
+    """What a run gave: samples, what it says of them, and whether it drew from numpy or Python."""
 
     x: Tensor
     nfe: int | None = None
     status: Tensor | None = None
+    drew_elsewhere: bool = False
 
 
 class Subject(ABC):
@@ -106,20 +106,15 @@ class Foreign(Subject):
         def answer(like: Tensor, index: int) -> Tensor:
             return Philox(seed).normal(like, index)
 
-        with (
-            torch.random.fork_rng(devices=[]),
-            torch.no_grad(),
-            Draws(answer if apart else None),
-        ):
-            torch.manual_seed(seed)
-            np.random.seed(seed)  # torchsde takes its entropy from here
-            return Outcome(self.box(model, x, self.n, torch.randn_like))
+        with torch.no_grad(), Seeded(seed) as others, Draws(answer if apart else None):
+            y = self.box(model, x, self.n, torch.randn_like)
+            return Outcome(y, drew_elsewhere=others.moved())
 
 
 def conduct(subject: Subject) -> list[Check]:
     """The checks that need no exact law."""
     model = Watched(gaussian(MEAN, VARIANCE).score_model(subject.sde))
-    watched = Watched(model)
+    watched = Watched(model, most=ENDLESS)
     try:
         with Draws() as draws:
             whole = subject.run(watched, ROWS, apart=True)
@@ -131,11 +126,11 @@ def conduct(subject: Subject) -> list[Check]:
     if subject.stochastic:
         checks += _randomness(subject, model, whole, few)
     else:
-        count = draws.normals + draws.others
+        count = draws.normals + draws.others + whole.drew_elsewhere
         checks.append(Check("draws no random numbers", count == 0, f"{count} draws"))
     return [
         *checks,
-        _neighbours(subject, few, whole),
+        *_neighbours(subject, few, whole, not draws.held(ROWS) or whole.drew_elsewhere),
         _spoilt(subject, model, watched.calls, whole),
         _misshapen(subject, model),
     ]
@@ -161,6 +156,8 @@ def _count(whole: Outcome, watched: Watched) -> list[Check]:
 
 def _inside(subject: Subject, watched: Watched) -> Check:
     slack = subject.rounding * max(1.0, abs(subject.start))
+    if not watched.calls:
+        return Check("stays inside the interval", True, "no calls")
     inside = subject.end - slack <= watched.low and watched.high <= subject.start + slack
     seen = f"calls between t = {watched.low:g} and {watched.high:g}"
     if not inside:
@@ -189,12 +186,18 @@ def _randomness(subject: Subject, model: Model, whole: Outcome, few: Outcome) ->
     return checks
 
 
-def _neighbours(subject: Subject, few: Outcome, whole: Outcome) -> Check:
+def _neighbours(subject: Subject, few: Outcome, whole: Outcome, free: bool) -> list[Check]:
+    """Whether samples are the same without some of their neighbours.
+
+    Where there are draws that cannot be held (`free`), a difference may be theirs: no verdict.
+    """
     gap = _apart(subject, few.x, whole.x[:FEW])
+    if free and gap > subject.rounding:
+        return []
     seen = f"largest difference {gap:.1e} without its neighbours"
     if subject.coupled:
         seen += " (couples its batch by design)"
-    return Check("keeps samples apart", gap <= subject.rounding or subject.coupled, seen)
+    return [Check("keeps samples apart", gap <= subject.rounding or subject.coupled, seen)]
 
 
 def _spoilt(subject: Subject, model: Model, calls: int, whole: Outcome) -> Check:
@@ -223,6 +226,8 @@ def _misshapen(subject: Subject, model: Model) -> Check:
     claim = "refuses a model of the wrong shape"
     try:
         subject.run(Misshapen(model, PATIENCE), ROWS)
+    except BadOutput as error:
+        return Check(claim, False, _said(error))
     except Exception as error:
         return Check(claim, True, _said(error))
     return Check(claim, False, f"[{ROWS}, 1] for [{ROWS}, {len(MEAN)}] is taken and broadcast")

@@ -26,7 +26,8 @@ from scoresolve.certificates.certificate import (
     measured_order,
     shown,
 )
-from scoresolve.certificates.probes import Watched
+from scoresolve.certificates.probes import ENDLESS, Watched
+from scoresolve.certificates.randomness import Seeded
 from scoresolve.errors import GridError, ScoresolveError
 from scoresolve.grid import make_grid
 from scoresolve.noise import BrownianPath, Philox
@@ -182,7 +183,7 @@ class Boxed(Measurable):
         self.rounding = ROUNDING if box.dtype == torch.float64 else 1e-4
         self.inside = inside(sde)
         target = gaussian(MEAN, VARIANCE)
-        model = Watched(target.score_model(sde))
+        model = Watched(target.score_model(sde), most=ENDLESS)
         self.law_between = functools.cache(functools.partial(affine_law, box, model, target, sde))
 
     def steps(self, n: int) -> Any:
@@ -224,7 +225,7 @@ class Boxed(Measurable):
 
     def images(self, target: GaussianMixture, x: Tensor, n: int) -> Tensor:
         model = target.score_model(self.sde)
-        with torch.no_grad():
+        with Seeded(0), torch.no_grad():
             return self.box(model, x.to(self.box.dtype), self.steps(n), torch.randn_like)
 
     def budgeted(self, budget: int) -> tuple[int, AffineLaw]:

@@ -11,7 +11,11 @@ from torch import Tensor
 from scoresolve.models import Model
 from scoresolve.sde import TimeLike, as_time
 
-__all__ = ["Endless", "Misshapen", "Spoilt", "Watched"]
+__all__ = ["ENDLESS", "Endless", "Misshapen", "Spoilt", "Watched"]
+
+
+ENDLESS = 200_000
+"""Calls after which even a good model is not asked any more."""
 
 
 class Endless(Exception):

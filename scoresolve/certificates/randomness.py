@@ -1,15 +1,18 @@
-"""The random numbers a sampler draws from torch, seen and, where wanted, answered."""
+"""The random numbers a sampler draws, seen and, where they are torch's, answered if wanted."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
+from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Draws"]
+__all__ = ["Draws", "Seeded"]
 
 _STANDARD = (torch.randn, torch.randn_like)
 _OTHERS = (
@@ -43,6 +46,10 @@ class Draws(TorchFunctionMode):
     def normals(self) -> int:
         return len(self._known)
 
+    def held(self, rows: int) -> bool:
+        """Whether all that was drawn are normals for `rows` rows at once, which can be answered."""
+        return not self.others and all(shape[:1] == (rows,) for _, shape in self._known)
+
     def __torch_function__(
         self,
         func: Any,
@@ -73,3 +80,40 @@ def _mean_and_std(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     names = ("mean", "std")
     values = dict(zip(names, given, strict=False)) | {k: kwargs[k] for k in names if k in kwargs}
     return values.get("mean", 0.0), values.get("std", 1.0)
+
+
+class Seeded:
+    """Global generators of torch, numpy and Python at one seed, and afterwards as they were.
+
+    Args:
+        seed: of all three.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed, self._torch = seed, torch.random.fork_rng(devices=[])
+
+    def __enter__(self) -> Seeded:
+        self._torch.__enter__()
+        self._before = np.random.get_state(), random.getstate()
+        torch.manual_seed(self.seed)
+        np.random.seed(self.seed)  # torchsde takes its entropy from here
+        random.seed(self.seed)
+        self._begun = self._states()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        np.random.set_state(self._before[0])
+        random.setstate(self._before[1])
+        self._torch.__exit__(kind, error, trace)
+
+    def moved(self) -> bool:
+        """Whether anything was drawn from the generators of numpy or Python since."""
+        return self._states() != self._begun
+
+    def _states(self) -> tuple[str, object]:
+        return repr(np.random.get_state(legacy=False)["state"]), random.getstate()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 from scoresolve.certificates.certificate import Certificate
@@ -16,8 +15,8 @@ from scoresolve.certificates.orders import (
     orders_of,
     start_for,
 )
-from scoresolve.errors import ArgumentError
-from scoresolve.peers import BlackBox
+from scoresolve.errors import ArgumentError, real_number, whole_number
+from scoresolve.peers import BlackBox, refined
 from scoresolve.sde import VP, GaussianSDE
 from scoresolve.solvers import Integrator, Solver, get_solver, nfe_rule
 
@@ -45,7 +44,7 @@ def certify(
         solver: a name of the registry, a `Solver`, an `Integrator`, or a `BlackBox`, a sampler
             that anyone wrote.
         sde: a Gaussian process; that of the `BlackBox`, or `VP()`, if omitted.
-        refinements: increasing numbers of steps, at least two.
+        refinements: increasing numbers of steps, each at least 2, and at least two of them.
         budgets: network calls at which the bias is reported; steps of a `BlackBox`.
         margin: how far below its nominal order the measured one may lie.
 
@@ -54,14 +53,16 @@ def certify(
 
     Raises:
         ArgumentError: the process is not Gaussian, or not the one the sampler is made for, or
-            `refinements` do not increase.
+            `refinements` do not increase, or a number is out of range.
         UnknownNameError: no such solver.
     """
     process = sde or (solver.sde if isinstance(solver, BlackBox) else None) or VP()
     if not isinstance(process, GaussianSDE):
         raise ArgumentError(f"{process} is not Gaussian: certificates need closed-form marginals")
-    if len(refinements) < 2 or any(b <= a for a, b in itertools.pairwise(refinements)):
-        raise ArgumentError(f"refinements = {tuple(refinements)}: give increasing step counts")
+    refinements, margin = refined(refinements), real_number("margin", margin, least=0)
+    if isinstance(budgets, str) or not isinstance(budgets, Sequence):
+        raise ArgumentError(f"budgets = {budgets!r}: give a sequence of numbers of calls")
+    budgets = tuple(whole_number("budgets", budget) for budget in budgets)
     if isinstance(solver, BlackBox):
         if solver.sde not in (None, process):
             raise ArgumentError(f"{solver.name} is made for {solver.sde}, not for {process}")

@@ -83,8 +83,10 @@ def audit(
     scoresolve audit diffusers --only ddim --out ddim.html
     """
     import scoresolve as ss
-    from scoresolve.audits import audit_page, pages
+    from scoresolve.audits import audit_page, chosen_boxes, pages
 
+    for library in libraries:
+        chosen_boxes(library, only)  # refused before any of them is run
     audits = [ss.audit(library, only=only, progress=True) for library in libraries]
     text = "[" + ",\n".join(found.to_json() for found in audits) + "]"
     click.echo(text if as_json else "\n\n".join(map(str, audits)))

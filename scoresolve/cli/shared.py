@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -177,9 +178,21 @@ def _resolve(
         return net, sde, None
     if not callable(net):
         raise click.BadParameter(f"--model {model} is {type(net).__name__}: name a callable")
+    _require_no_conditions(model, net)
     if denoiser:
         return ss.from_denoiser(net, sde if isinstance(sde, ss.EDM) else None), sde, None
     return NetworkModel(net, sde, prediction or "score"), sde, None
+
+
+def _require_no_conditions(name: str, net: Callable[..., Any]) -> None:
+    try:
+        inspect.signature(getattr(net, "forward", net)).bind(None, None)
+    except TypeError as error:
+        raise click.BadParameter(
+            f"--model {name} is called as net(x, t): {error}; wrap what needs conditions"
+        ) from None
+    except ValueError:  # what is written in C may have no signature
+        return
 
 
 def target_of(name: str) -> GaussianMixture:

@@ -123,7 +123,7 @@ def _root(law: GaussianMixture) -> Tensor:
 
 def _require_gaussians(p: GaussianMixture, q: GaussianMixture) -> None:
     for law in (p, q):
-        if len(law.weights) != 1:
+        if not isinstance(law, GaussianMixture) or len(law.weights) != 1:
             raise ArgumentError(
                 f"{law!r} is not one Gaussian: there is no closed form, use compare_samples"
             )

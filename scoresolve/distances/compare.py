@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -70,7 +71,8 @@ class DistanceTable:
 
     Attributes:
         distances: in the order asked for.
-        left_out: name and reason of those that could not be had, where none was asked for by name.
+        left_out: name and reason of those that could not be had or are no number, where none was
+            asked for by name.
     """
 
     distances: tuple[Distance, ...]
@@ -109,9 +111,15 @@ class DistanceTable:
         return "\n".join([*lines, *(f"left out: {why}" for _, why in self.left_out)])
 
     def to_json(self) -> str:
-        """The table as JSON, with what is left out."""
+        """The table as JSON, with what is left out; a number that is not finite is text."""
         rows = [{**asdict(each), "above_noise": each.above_noise} for each in self.distances]
-        return json.dumps({"distances": rows, "left_out": dict(self.left_out)}, indent=2)
+        plain = [{key: _plain(value) for key, value in row.items()} for row in rows]
+        found = {"distances": plain, "left_out": dict(self.left_out)}
+        return json.dumps(found, indent=2, allow_nan=False)
+
+
+def _plain(value: object) -> object:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def compare_samples(
@@ -146,7 +154,8 @@ def compare_samples(
     Raises:
         ArgumentError, ShapeError: as `distances.pair`, or `draws` is below 19.
         UnknownNameError: no such distance.
-        ScoresolveError: a distance asked for by name lacks its score, density or library.
+        ScoresolveError: a distance asked for by name lacks its score, density or library, or is
+            no number.
     """
     if isinstance(distances, str):
         raise ArgumentError(f"distances = {distances!r}: give a sequence of names")

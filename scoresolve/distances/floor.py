@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scoresolve.distances.pairs import Pair
+from scoresolve.distances.pairs import Pair, Unavailable
 from scoresolve.errors import whole_number
 
 __all__ = ["FEWEST", "Distance", "against_floor", "draw_floor"]
@@ -89,8 +89,16 @@ def against_floor(
         detail, two_sided: as in `Distance`.
         p_value: a better one than that of the floor, where the law is known.
         origin: how the floor was made, if not as `pair` says.
+
+    Raises:
+        ScoresolveError: the value is not a number, or the floor not finite.
     """
     floor = floor.double()
+    if math.isnan(value) or not bool(torch.isfinite(floor).all()):
+        raise Unavailable(
+            f"{name} is {value} beside a floor of {float(floor.mean())}: the density or the score "
+            "is not finite, or the numbers are too large for their dtype"
+        )
     size, sizes = (abs(value), floor.abs()) if two_sided else (value, floor)
     draws, spread = len(floor), float(floor.std())
     excess = value - float(floor.mean())

@@ -26,7 +26,7 @@ _ROWS = 2048  # evaluated at a time, so that a mixture's [K, D, B] arrays stay s
 
 
 class Unavailable(ScoresolveError):
-    """A distance needs a score, a density or a library that is not there."""
+    """A distance needs what is not there (a score, a density, a library), or is no number."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +71,13 @@ class Pair:
         log_prob = getattr(self.target, "log_prob", None)
         if not callable(log_prob):
             raise Unavailable("log_density needs a target with log_prob as the reference")
-        return at_rows(log_prob, x.double().reshape(-1, *self.event))
+        found = at_rows(log_prob, x.double().reshape(-1, *self.event))
+        if found.shape != (len(x),):
+            raise ShapeError(
+                f"log_prob returned {tuple(found.shape)} for {len(x)} samples: return one number "
+                "each"
+            )
+        return found
 
     def score(self, x: Tensor) -> Tensor:
         """Score of the reference at `x` [B, D], of the same shape; raises `Unavailable`."""
@@ -142,7 +148,7 @@ def pair(
     first = _checked("x", x)
     target = None if isinstance(reference, Tensor) else reference
     if target is not None:
-        if not callable(getattr(target, "sample", None)):
+        if isinstance(target, type) or not callable(getattr(target, "sample", None)):
             raise ArgumentError(
                 f"reference is {type(target).__name__}: give samples [M, *event] or a target "
                 "with sample(n, seed)"
@@ -174,14 +180,20 @@ def draw(target: Any, count: int, seed: int, number: int) -> Tensor:
     """Set `number` of exact samples: independent of the others and of those of seed `seed`."""
     # Multiples of an odd constant visit all seeds before one comes back (a Weyl sequence).
     stream = (seed + (number + 1) * 0x9E3779B97F4A7C15) % 2**64
-    drawn: Tensor = target.sample(count, seed=stream)
+    drawn = target.sample(count, seed=stream)
+    if not isinstance(drawn, Tensor) or drawn.shape[:1] != (count,):
+        kind = tuple(drawn.shape) if isinstance(drawn, Tensor) else type(drawn).__name__
+        raise ShapeError(f"the target's sample({count}) returned {kind}: return that many samples")
     return drawn.detach()
 
 
 def at_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """`function` at the rows of `x`, some at a time and without gradients."""
     with torch.no_grad():
-        return torch.cat([function(part) for part in torch.split(x, _ROWS)])
+        parts = [function(part) for part in torch.split(x, _ROWS)]
+    if not isinstance(parts[0], Tensor):
+        raise ShapeError(f"a density or score returned {type(parts[0]).__name__}: return a tensor")
+    return torch.cat(parts)
 
 
 def _checked(name: str, x: Tensor) -> Tensor:

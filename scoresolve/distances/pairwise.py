@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from scoresolve.distances.floor import FEWEST, Distance, against_floor
-from scoresolve.distances.pairs import Pair
-from scoresolve.errors import ArgumentError, real_number, whole_number
+from scoresolve.distances.pairs import Pair, Unavailable
+from scoresolve.errors import real_number, whole_number
 from scoresolve.noise import Purpose
 
 __all__ = ["energy", "ksd", "median_distance", "mmd"]
@@ -60,6 +60,7 @@ def mmd(pair: Pair, *, bandwidth: float | None = None, draws: int = 199) -> Dist
         draws: splits of the floor, at least 19.
 
     Raises:
+        ScoresolveError: that median is 0.
         ArgumentError: `draws` is below 19, or the bandwidth is not above 0.
 
     Source:
@@ -83,7 +84,7 @@ def ksd(pair: Pair, *, bandwidth: float | None = None, draws: int = 199) -> Dist
         draws: sets of signs for the floor, at least 19.
 
     Raises:
-        ScoresolveError: there is no score.
+        ScoresolveError: there is no score, or that median is 0.
         ArgumentError: `draws` is below 19, or the bandwidth is not above 0.
 
     Source:
@@ -113,9 +114,9 @@ def median_distance(points: Tensor, most: int = 1000) -> float:
 def _bandwidth(pair: Pair, given: float | None) -> float:
     h = median_distance(pair.y) if given is None else real_number("bandwidth", given, above=0)
     if h == 0:
-        raise ArgumentError(
-            "more than half of the pairs of the reference coincide, so that their median distance "
-            "is 0: give a bandwidth"
+        raise Unavailable(
+            "mmd and ksd need a bandwidth: more than half of the pairs of the reference coincide, "
+            "so that their median distance is 0; call distances.mmd or ksd with one"
         )
     return h
 

@@ -83,7 +83,8 @@ def wasserstein(pair: Pair, *, order: float = 2, most: int = 500, draws: int = 3
     def statistic(x: Tensor, y: Tensor) -> float:
         if x.shape[1] == 1:
             return float(_transport(x.mT, y.mT, p) ** (1 / p))
-        cost = torch.cdist(x.double(), y.double()).pow_(p).cpu().numpy()
+        centre = y.double().mean(0)  # cdist rounds in units of the largest norm
+        cost = torch.cdist(x.double() - centre, y.double() - centre).pow_(p).cpu().numpy()
         if len(x) == len(y):
             return float(cost[linear_sum_assignment(cost)].mean() ** (1 / p))
         try:

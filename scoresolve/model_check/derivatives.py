@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scoresolve.errors import ArgumentError
+from scoresolve.errors import ArgumentError, ShapeError
 from scoresolve.models import Model
 from scoresolve.sde import GaussianSDE
 
@@ -203,12 +203,15 @@ def check_differentiable(
 
     Raises:
         ArgumentError: a derivative is missing.
+        ShapeError: the network returns no tensor.
     """
     network: Callable[..., Tensor] = model.bind("x0")[1]
     with torch.enable_grad():
         leaf = x.detach().clone().requires_grad_()
         t = torch.tensor(times[0], dtype=x.dtype, device=x.device, requires_grad=True)
         value = network(leaf, t.expand(len(x)), **cond)
+        if not isinstance(value, Tensor):
+            raise ShapeError(f"the model returned {type(value).__name__}: return a tensor")
         found: tuple[Tensor | None, ...] = (None, None)
         if value.requires_grad:
             found = torch.autograd.grad(value.sum(), (leaf, t), allow_unused=True)

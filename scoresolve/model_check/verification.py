@@ -124,6 +124,8 @@ def verify_model(
         (2111.04726), for the posterior covariance; Salimans and Ho 2021, "Should EBMs model the
         energy or the score?", for the asymmetry of the Jacobian.
     """
+    if isinstance(quantities, str):
+        raise ArgumentError(f"quantities = {quantities!r}: give a sequence of names")
     wanted = [known_name("quantity", name, QUANTITIES) for name in quantities]
     if not wanted:
         raise ArgumentError(f"quantities is empty: name some of {', '.join(QUANTITIES)}")
@@ -166,6 +168,8 @@ def verify_model(
 def _check(sde: GaussianSDE, data: Tensor, law: GaussianMixture | None) -> None:
     if not isinstance(sde, GaussianSDE):
         raise ArgumentError(f"{sde} is not Gaussian: there is no denoiser to verify")
+    if not isinstance(data, Tensor):
+        raise ArgumentError(f"data is {type(data).__name__}: give a tensor [N, *event]")
     if not data.is_floating_point() or data.ndim < 2:
         raise ArgumentError(
             f"data is {data.dtype} of shape {tuple(data.shape)}: give floating-point data points, "
@@ -179,6 +183,8 @@ def _check(sde: GaussianSDE, data: Tensor, law: GaussianMixture | None) -> None:
         raise ArgumentError(
             "the data are not finite, or are one point: there is nothing to denoise"
         )
+    if law is not None and not isinstance(law, GaussianMixture):
+        raise ArgumentError(f"law is {type(law).__name__}: give a GaussianMixture")
     if law is not None and law.event_shape != data.shape[1:]:
         raise ShapeError(
             f"law is over events {tuple(law.event_shape)}, the data over {tuple(data.shape[1:])}"

@@ -23,7 +23,7 @@ from scoresolve.peers import (
     shipped_ode,
 )
 from scoresolve.peers.base import LIBRARIES, Noise, Peer, installed, versions
-from scoresolve.peers.black_box import BlackBox, Normals
+from scoresolve.peers.black_box import BadOutput, BlackBox, Normals, refined
 from scoresolve.peers.from_diffusers import quiet_scheduler
 from scoresolve.peers.from_k_diffusion import k_sampling
 from scoresolve.peers.shipped_diffusers import diffusers_scheduler
@@ -43,6 +43,7 @@ from scoresolve.peers.shipped_ode import (
 __all__ = [
     "LIBRARIES",
     "PEERS",
+    "BadOutput",
     "BlackBox",
     "Noise",
     "Normals",
@@ -56,6 +57,7 @@ __all__ = [
     "k_diffusion_function",
     "k_sampling",
     "quiet_scheduler",
+    "refined",
     "scipy_solver",
     "torchdiffeq_solver",
     "torchode_solver",

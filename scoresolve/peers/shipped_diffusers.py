@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scoresolve.errors import ArgumentError
 from scoresolve.models import Model
 from scoresolve.peers.black_box import BlackBox, Normals
 from scoresolve.peers.from_diffusers import quiet_scheduler
@@ -107,7 +108,16 @@ def diffusers_scheduler(
         call: options of its `step`.
         refinements: increasing numbers of steps, at most 1000.
         **options: of the scheduler.
+
+    Raises:
+        ArgumentError: diffusers is not installed, or has no such scheduler or option.
     """
+    try:
+        quiet_scheduler(path, **options)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ArgumentError(
+            f"diffusers makes no scheduler {path!r} with these options: {error}"
+        ) from error
     return BlackBox(
         partial(_run_chain, path, options, call or {}),
         name=name or path.split(".")[1],

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scoresolve.errors import ArgumentError
 from scoresolve.models import Model
 from scoresolve.peers.black_box import BlackBox, Normals
 from scoresolve.peers.from_azula import azula_denoiser
@@ -92,7 +93,13 @@ def edm_sampler(function: Callable[..., Tensor], name: str = "", **options: Any)
         function: the sampler; it starts from sigma_max times the latents and ends at 0.
         name: what it is called; the function's name if empty.
         **options: of the function.
+
+    Raises:
+        ArgumentError: it is no function.
     """
+
+    if not callable(function):
+        raise ArgumentError(f"function = {function!r}: give a sampler(net, latents, num_steps=)")
 
     def run(model: Model, x: Tensor, n: int, noise: Normals) -> Tensor:
         def net(x: Tensor, sigma: Tensor, *_: object) -> Tensor:
@@ -106,7 +113,7 @@ def edm_sampler(function: Callable[..., Tensor], name: str = "", **options: Any)
     churn = options.get("S_churn", 0.0)
     return BlackBox(
         run,
-        name=name or function.__name__,
+        name=name or getattr(function, "__name__", "edm_sampler"),
         order=2,
         stochastic=churn > 0,
         end=0.0,

@@ -79,6 +79,8 @@ def log_log(axes: Axes, ticks: Iterable[int]) -> None:
 
 def label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
     """Write (value, text, colour) to the right of a log axis, at its value but clear of others."""
+    if not ends:
+        return
     low, high = np.log(axes.get_ylim())
     ordered = sorted(ends)
     places = [(math.log(max(value, 1e-300)) - low) / (high - low) for value, _, _ in ordered]

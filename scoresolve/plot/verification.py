@@ -37,8 +37,10 @@ def plot_verification(verifications: Mapping[str, ModelVerification]) -> Figure:
         dashed.
 
     Raises:
-        ArgumentError: there is nothing to draw.
+        ArgumentError: there is nothing to draw, or it has no name.
     """
+    if not isinstance(verifications, Mapping):
+        raise ArgumentError("give the verifications by name, as {'mine': verify_model(...)}")
     if not verifications:
         raise ArgumentError("there is nothing to draw: give at least one verification")
     figure, row = new_figure(9.6, 6.2, columns=2, rows=2)
@@ -49,7 +51,9 @@ def plot_verification(verifications: Mapping[str, ModelVerification]) -> Figure:
             if measure == "linear":
                 _draw(axes, found, "exact", i, linestyle="--")
         label(axes, "log-SNR  (noise → data)" if axes in row[2:] else "", "", title)
-    row[0].legend(frameon=False, fontsize=9, labelcolor="linecolor", handlelength=1.2)
+    named = next((axes for axes in row if axes.get_legend_handles_labels()[1]), None)
+    if named is not None:
+        named.legend(frameon=False, fontsize=9, labelcolor="linecolor", handlelength=1.2)
     return figure
 
 
