@@ -128,7 +128,7 @@ def _draw_lines(chart: Lines, rows: Sequence[Row], y: str) -> Figure | None:
             ours = name.startswith(("our", "scoresolve"))
             cell.plot(*zip(*points, strict=True), label=name, **line(order[name], ours))
         label(cell, chart.x, y if chart.series else "rms", title)
-        cell.legend(fontsize=7, frameon=False)
+        cell.legend(fontsize=7, framealpha=0.8, edgecolor="none")
     for cell in cells[len(panels) :]:
         cell.set_visible(False)
     return figure

@@ -39,8 +39,10 @@ from scoresolve.plans import (
     Custom,
     Draw,
     Drift,
+    Linear,
     Mark,
     Plan,
+    Run,
     StepReport,
     model_time,
     trace,
@@ -1011,3 +1013,15 @@ def test_denoising_shrinks_the_law_as_tweedie_says() -> None:
     shrink = s**2 / (s**2 + sde.sigma_min**2)
     assert float(denoised.covariance / plain.covariance) == pytest.approx(shrink**2, rel=1e-12)
     assert float(denoised.target_variance) == pytest.approx(s**2 * shrink, rel=1e-12)
+
+
+@pytest.mark.parametrize("wrong", [None, 1.0, "x"])
+def test_a_step_that_returns_no_state_is_refused_with_a_word(wrong: Any) -> None:
+    class Forgetful(Solver):
+        name, predicts, order, source = "forgetful", "x0", 1, "none"
+
+        def step(self, x: Linear, t: float, s: float, run: Run) -> Any:
+            return wrong
+
+    with pytest.raises(ArgumentError, match="the step of 'forgetful' returned"):
+        trace(Forgetful(), VP(), (0.9, 0.5))

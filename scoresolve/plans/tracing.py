@@ -254,6 +254,11 @@ class Run:
                 stepped = self.jump(x, t, s, fresh=solver.stochastic)
             else:
                 stepped = solver.step(x, t, s, self)
+            if not isinstance(stepped, Linear):
+                raise ArgumentError(
+                    f"the step of {solver.name!r} returned {stepped!r}: return a sum of states, "
+                    "predictions and noise, each times a number"
+                )
             result = self.hold(stepped)
         except ScoresolveError:
             raise

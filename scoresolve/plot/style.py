@@ -69,6 +69,12 @@ def line(i: int, strong: bool = False) -> dict[str, Any]:
 
 
 def log_log(axes: Axes, ticks: Iterable[int]) -> None:
+    """Logarithmic axes with these numbers under them, but for those that would overlap."""
+    places = sorted(ticks)
+    apart, ticks = (places[-1] / places[0]) ** 0.08, places[:1]
+    for place in places[1:]:
+        if place > ticks[-1] * apart:
+            ticks.append(place)
     axes.set(xscale="log", yscale="log")
     axes.grid(axis="y", color=FAINT, linewidth=0.7)
     axes.set_axisbelow(True)
