@@ -8,7 +8,6 @@ JSON has no infinity, so a figure that is not finite is kept as text.
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import subprocess
@@ -21,6 +20,7 @@ from pathlib import Path
 import torch
 
 import scoresolve
+from scoresolve.json_text import json_text
 
 __all__ = ["Record", "Row", "machine", "text_table", "versions"]
 
@@ -113,9 +113,7 @@ class Record:
 
     def save(self, path: Path) -> None:
         """Write it as JSON."""
-        rows = [{key: _plain(value) for key, value in row.items()} for row in self.rows]
-        text = json.dumps({**asdict(self), "rows": rows}, indent=2, allow_nan=False)
-        path.write_text(text + "\n")
+        path.write_text(json_text(asdict(self)) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Record:
@@ -130,10 +128,6 @@ class Record:
             raise ValueError(
                 f"{path} is not a record of a benchmark: give a file that --json wrote"
             ) from error
-
-
-def _plain(value: object) -> object:
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def columns(rows: Sequence[Row]) -> list[str]:

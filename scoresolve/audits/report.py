@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from scoresolve.certificates import Certificate
+from scoresolve.json_text import json_text
 
 __all__ = ["Audit", "Defect", "pages"]
 
@@ -67,7 +68,7 @@ class Audit:
 
     def to_json(self) -> str:
         """The audit as JSON text."""
-        return json.dumps(
+        return json_text(
             {
                 "library": self.library,
                 "version": self.version,
@@ -84,7 +85,6 @@ class Audit:
                 ],
                 "certificates": [json.loads(c.to_json()) for c in self.certificates],
             },
-            indent=2,
         )
 
     def to_markdown(self) -> str:

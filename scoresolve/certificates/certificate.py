@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+
+from scoresolve.json_text import json_text
 
 __all__ = [
     "MEAN",
@@ -90,9 +90,8 @@ class Certificate:
         return tuple(shown(order) for order in self.orders.values())
 
     def to_json(self) -> str:
-        """The certificate as JSON text; a number that is not finite is text, as "inf"."""
-        found = {**asdict(self), "passed": self.passed}
-        return json.dumps(_plain(found), indent=2, allow_nan=False)
+        """The certificate as JSON, see `json_text`."""
+        return json_text({**asdict(self), "passed": self.passed})
 
     def __str__(self) -> str:
         order = "none" if self.nominal_order is None else f"{self.nominal_order:g}"
@@ -113,15 +112,6 @@ class Certificate:
             )
         lines += [f"  [{'ok' if c.passed else 'FAIL'}] {c.claim}: {c.seen}" for c in self.checks]
         return "\n".join(lines)
-
-
-def _plain(value: Any) -> Any:
-    """Data without numbers that JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(each) for each in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def shown(order: float | None) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,6 +15,7 @@ from scoresolve.distances.pairwise import energy, ksd, mmd
 from scoresolve.distances.transport import ks, sliced_wasserstein, wasserstein
 from scoresolve.distances.two_sample import classifier
 from scoresolve.errors import ArgumentError, known_name
+from scoresolve.json_text import json_text
 
 __all__ = ["DISTANCES", "DistanceTable", "Measure", "compare_samples", "log_density"]
 
@@ -111,15 +110,9 @@ class DistanceTable:
         return "\n".join([*lines, *(f"left out: {why}" for _, why in self.left_out)])
 
     def to_json(self) -> str:
-        """The table as JSON, with what is left out; a number that is not finite is text."""
+        """The table as JSON, with what is left out, see `json_text`."""
         rows = [{**asdict(each), "above_noise": each.above_noise} for each in self.distances]
-        plain = [{key: _plain(value) for key, value in row.items()} for row in rows]
-        found = {"distances": plain, "left_out": dict(self.left_out)}
-        return json.dumps(found, indent=2, allow_nan=False)
-
-
-def _plain(value: object) -> object:
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        return json_text({"distances": rows, "left_out": dict(self.left_out)})
 
 
 def compare_samples(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+
+from scoresolve.json_text import json_text
 
 __all__ = ["Estimate", "Finding", "ModelVerification", "NoiseLevel"]
 
@@ -136,8 +136,8 @@ class ModelVerification:
         return next((f for f in self.findings if f.quantity == quantity), None)
 
     def to_json(self) -> str:
-        """Everything as JSON; a number that is not finite is null."""
-        return json.dumps({"ok": self.ok, **_finite(asdict(self))}, indent=2)
+        """Everything as JSON, see `json_text`."""
+        return json_text({"ok": self.ok, **asdict(self)})
 
     def __str__(self) -> str:
         shown = [name for name in _COLUMNS if any(getattr(row, name) for row in self.levels)]
@@ -168,11 +168,3 @@ _COLUMNS = {
     "calibration": "calibration",
     "negative": "negative",
 }
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, tuple | list):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
