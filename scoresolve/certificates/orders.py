@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -30,7 +30,8 @@ from scoresolve.certificates.probes import ENDLESS, Watched
 from scoresolve.certificates.randomness import Seeded
 from scoresolve.errors import GridError, ScoresolveError
 from scoresolve.grid import make_grid
-from scoresolve.noise import BrownianPath, Philox
+from scoresolve.noise import BrownianPath, Philox, Purpose
+from scoresolve.noise.sources import Times
 from scoresolve.peers import BlackBox
 from scoresolve.plans import Plan
 from scoresolve.sampling import grid_for, sample
@@ -159,8 +160,7 @@ class Planned(Measurable):
     def _on_a_path(self, n: int) -> Tensor:
         target = _nonlinear()
         x = target.marginal(self.sde, self.inside[0]).sample(PATHS, seed=0)
-        path = BrownianPath.in_snr(Philox(0), self.sde)
-        return self.plan(n).run(target.score_model(self.sde), x, path)
+        return self.plan(n).run(target.score_model(self.sde), x, _paths(self.sde))
 
     def budgeted(self, budget: int) -> tuple[int, ExactLaw] | None:
         start = start_for(self.solver, self.sde)
@@ -390,6 +390,34 @@ def _exact_images(sde: GaussianSDE, ends: tuple[float, float]) -> tuple[Tensor, 
     reference = DormandPrince853(REFERENCE, REFERENCE, coordinates="scaled")
     out = sample(target.score_model(sde), sde, x=x, solver=reference, t_start=ends[0], t_end=end)
     return x, out.x
+
+
+class _Remembered(BrownianPath):
+    """Brownian paths that keep what was read of them: every solver reads the same stretches."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.stretches: dict[tuple[Any, ...], Tensor] = {}
+
+    def normal(
+        self, like: Tensor, draw: int, purpose: Purpose = Purpose.SOLVER, times: Times | None = None
+    ) -> Tensor:
+        if times is None:
+            return super().normal(like, draw, purpose)
+        return self._once(("normal", purpose, *times), super().normal, like, draw, purpose, times)
+
+    def area(self, like: Tensor, draw: int, times: Times) -> Tensor:
+        return self._once(("area", *times), super().area, like, draw, times)
+
+    def _once(self, key: tuple[Any, ...], read: Callable[..., Tensor], *given: Any) -> Tensor:
+        if key not in self.stretches:
+            self.stretches[key] = read(*given)
+        return self.stretches[key].clone()
+
+
+@functools.lru_cache(maxsize=16)
+def _paths(sde: GaussianSDE) -> BrownianPath:
+    return _Remembered.in_snr(Philox(0), sde, tolerance=1e-3)  # a thirtieth of a step
 
 
 def biases(subject: Measurable, budgets: Sequence[int]) -> tuple[Bias, ...]:
