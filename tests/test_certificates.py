@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 import scoresolve as ss
 from scoresolve.certificates import certify, measured_order
 from scoresolve.errors import ArgumentError, UnknownNameError
 from scoresolve.plans import Linear, Run
+from scoresolve.sde import TimeLike, as_time
 from scoresolve.solvers import (
     REGISTRY,
     SRA1,
@@ -102,6 +106,26 @@ def test_an_order_along_paths_that_is_not_there_is_seen(broken: Solver) -> None:
 def test_only_noise_that_belongs_to_the_steps_has_an_order_along_paths() -> None:
     orders = {name: certify(name, refinements=COARSE).orders for name in ("ddpm", "edm_churn")}
     assert 0.8 < orders["ddpm"]["strong"] < 1.3 and "strong" not in orders["edm_churn"]
+
+
+@dataclass
+class OwnProcess(ss.GaussianSDE):
+    """A user's, which as a dataclass that is not frozen has no hash."""
+
+    T: float = 1.0
+    t_min: float = 1e-3
+
+    def alpha(self, t: TimeLike) -> Tensor:
+        return torch.cos(1.5 * as_time(t))
+
+    def sigma(self, t: TimeLike) -> Tensor:
+        return torch.sin(1.5 * as_time(t))
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm"])
+def test_a_process_without_a_hash_is_certified(name: str) -> None:
+    certificate = certify(name, OwnProcess(), refinements=COARSE, budgets=(20,))
+    assert certificate.passed, str(certificate)
 
 
 def test_claiming_too_high_an_order_fails() -> None:

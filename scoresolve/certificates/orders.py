@@ -160,7 +160,7 @@ class Planned(Measurable):
     def _on_a_path(self, n: int) -> Tensor:
         target = _nonlinear()
         x = target.marginal(self.sde, self.inside[0]).sample(PATHS, seed=0)
-        return self.plan(n).run(target.score_model(self.sde), x, _paths(self.sde))
+        return self.plan(n).run(target.score_model(self.sde), x, _paths(_Key(self.sde)))
 
     def budgeted(self, budget: int) -> tuple[int, ExactLaw] | None:
         start = start_for(self.solver, self.sde)
@@ -368,7 +368,7 @@ def _affordable(subject: Measurable, steps: Sequence[int]) -> Sequence[int]:
 def _strong_errors(subject: Measurable, steps: Sequence[int]) -> list[float]:
     """RMS per coordinate to the exact images of some starts, on a mixture."""
     target = _nonlinear()
-    x, exact = _exact_images(subject.sde, subject.ends(steps[0]))
+    x, exact = _exact_images(_Key(subject.sde), subject.ends(steps[0]))
     found = []
     for n in steps:
         gap = (subject.images(target, x, n).double() - exact).square().mean().sqrt()
@@ -381,10 +381,23 @@ def _nonlinear() -> GaussianMixture:
     return ring(3, 1.0, 1.0)
 
 
+class _Key:
+    """A process as a key of a cache, also one of a user's that has no hash."""
+
+    def __init__(self, sde: GaussianSDE) -> None:
+        self.sde = sde
+
+    def __hash__(self) -> int:
+        return hash(repr(self.sde))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Key) and self.sde == other.sde
+
+
 @functools.lru_cache(maxsize=16)
-def _exact_images(sde: GaussianSDE, ends: tuple[float, float]) -> tuple[Tensor, Tensor]:
+def _exact_images(process: _Key, ends: tuple[float, float]) -> tuple[Tensor, Tensor]:
     """Starts from the mixture's marginal, [B, 2], and where the flow takes them."""
-    target = _nonlinear()
+    target, sde = _nonlinear(), process.sde
     x = target.marginal(sde, ends[0]).sample(STARTS, seed=0)
     end = max(ends[1], sde.t_min)
     reference = DormandPrince853(REFERENCE, REFERENCE, coordinates="scaled")
@@ -416,8 +429,8 @@ class _Remembered(BrownianPath):
 
 
 @functools.lru_cache(maxsize=16)
-def _paths(sde: GaussianSDE) -> BrownianPath:
-    return _Remembered.in_snr(Philox(0), sde, tolerance=1e-3)  # a thirtieth of a step
+def _paths(process: _Key) -> BrownianPath:
+    return _Remembered.in_snr(Philox(0), process.sde, tolerance=1e-3)  # a thirtieth of a step
 
 
 def biases(subject: Measurable, budgets: Sequence[int]) -> tuple[Bias, ...]:
