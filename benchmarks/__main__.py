@@ -25,6 +25,7 @@ from benchmarks import (
 )
 from benchmarks.record import Record, Row, text_table
 from benchmarks.report import write_report
+from scoresolve.cli.shared import OutFile
 
 Measure = Callable[[], list[Row]]
 
@@ -128,21 +129,13 @@ def main() -> None:
     """Measure solvers, ours and those of other libraries, and draw what was measured."""
 
 
-def _writable(ctx: click.Context, param: click.Parameter, path: Path | None) -> Path | None:
-    """Refuse a file that could not be written once all is measured."""
-    if path is not None and not path.parent.is_dir():
-        raise click.BadParameter(f"there is no folder {path.parent}, make it first")
-    return path
-
-
 def _command(name: str, benchmark: Benchmark) -> click.Command:
     @click.command(name, help=benchmark.about)
     @click.option("--full", is_flag=True, help="The full setting instead of the small one.")
     @click.option(
         "--json",
         "path",
-        type=click.Path(path_type=Path, dir_okay=False, writable=True),
-        callback=_writable,
+        type=OutFile(),
         help="Keep the figures, with versions and machine, in this file.",
     )
     def run(full: bool, path: Path | None) -> None:

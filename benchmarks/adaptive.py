@@ -27,8 +27,9 @@ import torch
 from torch import Tensor, nn
 
 import scoresolve as ss
+from benchmarks.absent import absent
 from scoresolve.models import Model
-from scoresolve.peers import installed, k_sampling
+from scoresolve.peers import k_sampling
 from scoresolve.sde import EDM, VP, GaussianSDE, TimeLike, expand
 from scoresolve.solvers import Integrator
 from scoresolve.solvers.adaptive import (
@@ -248,11 +249,8 @@ PEERS: dict[str, Run] = {
 
 def peers() -> dict[str, Run]:
     """Those that are installed; says which are not."""
-    libraries = {name.split()[0] for name in PEERS}
-    absent = {library for library in libraries if not installed(library)}
-    if absent:
-        print(f"not installed, so left out: {', '.join(sorted(absent))}")
-    return {name: run for name, run in PEERS.items() if name.split()[0] not in absent}
+    missing = absent(name.split()[0] for name in PEERS)
+    return {name: run for name, run in PEERS.items() if name.split()[0] not in missing}
 
 
 # --- measuring -----------------------------------------------------------------------------------

@@ -18,12 +18,13 @@ from torch import Tensor
 
 import scoresolve as ss
 from benchmarks import sde as stochastic
+from benchmarks.absent import absent
 from benchmarks.conditioning import sliced_wasserstein
 from benchmarks.nfe import Counted
 from scoresolve.digits import load_network
 from scoresolve.metrics import class_mixture
 from scoresolve.models import from_denoiser
-from scoresolve.peers import PEERS, installed
+from scoresolve.peers import PEERS
 from scoresolve.sde import EDM
 from scoresolve.solvers import AdaptiveAdams
 
@@ -97,12 +98,10 @@ def measure(full: bool = False) -> list[dict[str, object]]:
         for budget in budgets:
             out = ss.sample(model, sde, x=x, solver=solver, grid=grid, nfe=budget, seed=1)
             add(name, budget, out.nfe, out.x, bool(out.plan and out.plan.stochastic))
-    absent = {name.split()[0] for name in THEIRS if not installed(name.split()[0])}
-    if absent:
-        print(f"not installed, so left out: {', '.join(sorted(absent))}")
+    missing = absent(name.split()[0] for name in THEIRS)
     for name, grids in THEIRS.items():
         peer = PEERS[name]
-        if peer.library in absent:
+        if peer.library in missing:
             continue
         for grid in grids if full else grids[:1]:
             for budget in budgets:

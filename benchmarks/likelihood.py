@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import scoresolve as ss
+from benchmarks.absent import absent
 from scoresolve.divergence import exact_divergence, hutchinson
 from scoresolve.metrics import class_mixture
 from scoresolve.peers.from_k_diffusion import k_sampling
@@ -85,6 +86,7 @@ def measure(full: bool = False, cases: Sequence[str] = tuple(CASES)) -> list[dic
     """
     torch.set_num_threads(1)
     rows: list[dict[str, object]] = []
+    absent(["torchdiffeq", "k-diffusion"])
     for case in cases:
         make, sde, count = CASES[case]
         mixture = make()
@@ -98,10 +100,6 @@ def measure(full: bool = False, cases: Sequence[str] = tuple(CASES)) -> list[dic
             methods["torchdiffeq dopri5, one probe"] = lambda: _torchdiffeq(mixture, x, False)  # noqa: B023
             if full or size <= 16:
                 methods["torchdiffeq dopri5, exact"] = lambda: _torchdiffeq(mixture, x, True)  # noqa: B023
-        if not methods and not rows:
-            print("not installed, so left out: torchdiffeq, k-diffusion")
-        elif not rows and not util.find_spec("k_diffusion"):
-            print("not installed, so left out: k-diffusion")
         for cost in COSTS if full else COSTS[:2]:
             methods[f"scoresolve, cost={cost}"] = lambda cost=cost: _ours(mixture, sde, x, cost)  # type: ignore[misc] # noqa: B023
         for method, run in methods.items():

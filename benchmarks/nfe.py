@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 import scoresolve as ss
+from benchmarks.absent import absent
 from scoresolve.digits import load_network
 from scoresolve.metrics import class_mixture
 from scoresolve.models import Model, from_denoiser
@@ -367,11 +368,9 @@ def measure(setting: str = "small", solver: str = "auto") -> list[dict[str, obje
     chosen, peers = SETTINGS[setting], samplers_of_peers()
     if chosen.peers is not None:
         peers = {name: peers[name] for name in chosen.peers if name in peers}
-    absent = {peer.library for peer in PEERS.values() if not installed(peer.library)}
     if not peers:
         raise ImportError("no peer is installed: pip install 'scoresolve[bench]'")
-    if absent:
-        print(f"not installed, so left out: {', '.join(sorted(absent))}")
+    absent(peer.library for peer in PEERS.values())
     grids, count = {name: GRIDS[name] for name in chosen.grids}, chosen.starts
     rows: list[dict[str, object]] = []
     for name in chosen.cases:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import scoresolve as ss
+from benchmarks.absent import absent
 from benchmarks.counting import Counting
 from scoresolve.peers import installed, k_sampling
 
@@ -71,8 +72,7 @@ def measure(full: bool = False) -> list[dict[str, object]]:
     """
     torch.set_num_threads(1)
     rows: list[dict[str, object]] = []
-    if not installed("k-diffusion"):
-        print("not installed, so left out: k-diffusion")
+    absent(["k-diffusion"])
     for axis, sizes in (AXES if full else SMALL).items():
         first: dict[str, float] = {}
         before: dict[str, tuple[int, float, float]] = {}
@@ -96,8 +96,8 @@ def measure(full: bool = False) -> list[dict[str, object]]:
                 if name in before:
                     past, *values = before[name]
                     slopes = [
-                        round(math.log(now / then) / math.log(size / past), 2)
-                        for now, then in zip((ms, memory), values, strict=True)
+                        round(math.log(value / last) / math.log(size / past), 2)
+                        for value, last in zip((ms, memory), values, strict=True)
                     ]
                 before[name] = (size, ms, memory)
                 rows.append(

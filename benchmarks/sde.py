@@ -22,12 +22,13 @@ import torch
 from torch import Tensor
 
 import scoresolve as ss
+from benchmarks.absent import absent
 from benchmarks.conditioning import sliced_wasserstein
 from benchmarks.nfe import Counted
 from scoresolve.metrics import class_mixture
 from scoresolve.models import Model
 from scoresolve.noise import CallableNoise
-from scoresolve.peers import PEERS, Noise, installed
+from scoresolve.peers import PEERS, Noise
 from scoresolve.sde import VP, GaussianSDE
 from scoresolve.targets import GaussianMixture, ring
 
@@ -90,11 +91,9 @@ def samplers(full: bool = False) -> dict[str, Sampler]:
         if peer.stochastic and not peer.repeats and (full or name in DECISIVE)
     }
     chosen = {name: peer for name, peer in chosen.items() if peer.process in (None, VP)}
-    absent = {peer.library for peer in chosen.values() if not installed(peer.library)}
-    if absent:
-        print(f"not installed, so left out: {', '.join(sorted(absent))}")
+    missing = absent(peer.library for peer in chosen.values())
     ours = {f"scoresolve {name}": _ours(name) for name in (*OURS, *SELDOM * full)}
-    theirs = {name: peer.run for name, peer in chosen.items() if peer.library not in absent}
+    theirs = {name: peer.run for name, peer in chosen.items() if peer.library not in missing}
     return ours | theirs
 
 

@@ -127,6 +127,7 @@ class Planned(Measurable):
         self.solver, self.sde = solver, sde
         self.order, self.strong_order = solver.order, solver.strong_order
         self.stochastic, self.judged_at_end = solver.stochastic, solver.order is not None
+        self.follows_paths = solver.stochastic and noise_rule(solver) == "path"
         self.inside = inside(sde)
         self.plan = functools.cache(self._plan)  # for as long as the subject lives
         self.on_a_path = functools.cache(self._on_a_path)
@@ -152,7 +153,7 @@ class Planned(Measurable):
         return self.plan(n).run(target.score_model(self.sde), x)
 
     def along_paths(self, n: int) -> float | None:
-        if noise_rule(self.solver) != "path":
+        if not self.follows_paths:
             return None
         gap = self.on_a_path(n) - self.on_a_path(n // 2)
         return float(gap.square().mean().sqrt())

@@ -57,7 +57,11 @@ MODEL_OPTIONS = (
 
 
 class OutFile(click.Path):
-    """A file to write, refused before any work is done if it could not be written later."""
+    """A file to write, refused before any work is done if it could not be written later.
+
+    Args:
+        *endings: what its name may end in; anything if empty.
+    """
 
     def __init__(self, *endings: str) -> None:
         super().__init__(dir_okay=False, writable=True, path_type=Path)
@@ -65,7 +69,7 @@ class OutFile(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         path = Path(os.fsdecode(super().convert(value, param, ctx)))
-        if path.suffix not in self.endings:
+        if self.endings and path.suffix not in self.endings:
             self.fail(f"{path}: the name must end in {' or '.join(self.endings)}", param, ctx)
         if not path.parent.is_dir():
             self.fail(f"{path}: there is no folder {path.parent}, make it first", param, ctx)
