@@ -32,6 +32,7 @@ from scoresolve.bounds import (
     variational_bound,
 )
 from scoresolve.certificates import Certificate, certify
+from scoresolve.conditions import per_sample, shared
 from scoresolve.diagnostics import Diagnostics, diagnose
 from scoresolve.distances import DistanceTable, compare_samples, log_density_gap
 from scoresolve.driving import Samples
@@ -163,11 +164,13 @@ __all__ = [
     "noise",
     "noised",
     "objectives",
+    "per_sample",
     "plan",
     "run_chains",
     "sample",
     "sample_with_log_prob",
     "sde",
+    "shared",
     "simulated_annealing",
     "slerp",
     "solvers",

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from scoresolve.driving import failure, in_chunks, rejoined, split_cond, warn_of_dropout
+from scoresolve.conditions import split_cond
+from scoresolve.driving import failure, in_chunks, rejoined, warn_of_dropout
 from scoresolve.errors import (
     ArgumentError,
     GridError,

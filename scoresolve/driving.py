@@ -6,18 +6,21 @@ solves each; the parts are joined with one status per sample, whatever happened 
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from scoresolve.conditions import settled, split_cond
 from scoresolve.errors import (
     ArgumentError,
     ModelWarning,
@@ -29,7 +32,7 @@ from scoresolve.errors import (
 )
 from scoresolve.models import Model, NetworkModel
 from scoresolve.noise import NoiseSource, Purpose
-from scoresolve.plans import Plan, StepReport, check_state
+from scoresolve.plans import Plan, StepReport, check_state, model_time
 from scoresolve.sde import SDE, GaussianSDE
 from scoresolve.solvers import GaussianFlow, Integrator, Solution
 
@@ -40,12 +43,19 @@ __all__ = [
     "PlanEngine",
     "Prior",
     "Samples",
+    "check_call",
+    "check_sde",
     "device_of",
     "drive",
     "failure",
-    "split_cond",
+    "settle",
     "warn_of_dropout",
 ]
+
+
+_MISSPELT: Final = 0.75
+"""Likeness from which a name is taken for another one misspelt: "sed" and "stepz" are, "scale" is
+not like "shape" (0.6)."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +106,10 @@ class Given:
 
 
 class Prior:
-    """A start drawn from the prior, row by row, so that only a chunk exists at a time."""
+    """A start drawn from the prior, row by row, so that only a chunk exists at a time.
+
+    Inside the process, at `t_start` below T, it is the noise of that time alone.
+    """
 
     def __init__(
         self,
@@ -110,12 +123,24 @@ class Prior:
             raise ArgumentError(f"{sde} has no prior: give the start x=")
         self.shape, self.batch, self.source, self.sde = shape, shape[0], source, sde
         self.dtype, self.device = dtype or torch.get_default_dtype(), device
+        self.t_start = sde.T
+
+    def begin_at(self, t: float) -> None:
+        """Draw the start at time `t`."""
+        if t != self.sde.T and not isinstance(self.sde, GaussianSDE):
+            raise ArgumentError(
+                f"the law of {self.sde} at t_start = {t:g} is not known: give the start x="
+            )
+        self.t_start = t
 
     def rows(self, part: slice) -> Tensor:
         count = len(range(*part.indices(self.batch)))
         like = torch.empty((count, *self.shape[1:]), dtype=self.dtype, device=self.device)
         check_state(like)
-        return self.sde.from_normals(self.source.rows(part).normal(like, 0, Purpose.START))
+        z = self.source.rows(part).normal(like, 0, Purpose.START)
+        if isinstance(self.sde, GaussianSDE) and self.t_start != self.sde.T:
+            return z.mul_(self.sde.start_std(self.t_start))
+        return self.sde.from_normals(z)
 
 
 class Part(NamedTuple):
@@ -134,6 +159,7 @@ class Engine(ABC):
     steps: int
     times: tuple[float, ...] = ()
     plan: Plan | None = None
+    t_start: float
 
     @abstractmethod
     def solve(
@@ -155,7 +181,7 @@ class PlanEngine(Engine):
             raise ArgumentError("a compiled plan has no steps to report: leave out callback=")
         self.plan, self.callback, self.compile = plan, callback, compile
         self.compiled: Callable[..., Tensor] | None = None
-        self.steps, self.times = plan.steps, plan.times
+        self.steps, self.times, self.t_start = plan.steps, plan.times, plan.times[0]
 
     def solve(
         self,
@@ -199,7 +225,7 @@ class IntegratorEngine(Engine):
         if solver.sde is not None and solver.sde != sde:
             raise ArgumentError(f"{solver.name!r} was made for {solver.sde}, not for {sde}")
         self.solver, self.sde, self.ends, self.denoise = solver, sde, ends, denoise
-        self.width = width
+        self.width, self.t_start = width, ends[0]
 
     def solve(
         self,
@@ -209,6 +235,9 @@ class IntegratorEngine(Engine):
         bar: tqdm[object],
         cond: dict[str, Any],
     ) -> Part:
+        if self.ends[0] != self.sde.T:
+            source = source.started(self.ends[0])
+
         def drift(state: Tensor, t: Tensor, rows: Tensor) -> Tensor:
             held = split_cond(cond, rows, x.shape[0])
             if self.solver.stochastic:
@@ -332,7 +361,8 @@ def drive(
 ) -> Samples:
     """Solve every chunk and join the results; see `sampling.sample` for the arguments.
 
-    `spent` are the calls made before, which count.
+    `cond` are settled where the batch is split (see `settle`); `spent` are the calls made before,
+    which count.
     """
     batch = start.batch
 
@@ -373,14 +403,77 @@ def _joined(solutions: list[Solution], batch: int) -> dict[str, Any]:
     }
 
 
-def split_cond(cond: dict[str, Any], part: slice | Tensor, batch: int) -> dict[str, Any]:
-    """The rows `part` of every conditioning tensor whose first axis is the batch."""
-    return {
-        name: value[part]
-        if isinstance(value, Tensor) and value.ndim and value.shape[0] == batch
-        else value
-        for name, value in cond.items()
+def settle(cond: dict[str, Any], model: Model, start: Given | Prior, t: float) -> dict[str, Any]:
+    """The conditions with a mark wherever the model alone can tell, see `conditions.settled`.
+
+    The model is asked at the first sample and time `t`; these calls are not counted, as no sample
+    comes of them.
+    """
+
+    def answer(one: dict[str, Any]) -> Tensor:
+        x = start.rows(slice(0, 1))
+        m = model.bind("score")[1](x, model_time(t, x), **one)
+        check_output(m, x)
+        return m
+
+    with torch.no_grad():
+        return settled(cond, start.batch, answer) if cond else cond
+
+
+def check_sde(sde: object) -> None:
+    """Raise `ArgumentError` unless `sde` is a process."""
+    if isinstance(sde, type) and issubclass(sde, SDE):
+        raise ArgumentError(f"sde is the class {sde.__name__} itself: give {sde.__name__}()")
+    if not isinstance(sde, SDE):
+        raise ArgumentError(f"sde is {type(sde).__name__}: give a process, such as VP()")
+
+
+def check_call(
+    score: object, cond: dict[str, Any], verb: Callable[..., Any], stacklevel: int = 3
+) -> None:
+    """Look at the conditions that a verb hands on, before the first call of the model.
+
+    Raises:
+        ArgumentError: the network does not take them. A misspelt argument of the verb ends here,
+            and one that a network with `**kwargs` would swallow is warned of.
+    """
+    own = [name for name in inspect.signature(verb).parameters if name != "cond"]
+    taken = _parameters(score)
+    explicit = [] if taken is None else [p.name for p in taken if p.kind is not p.VAR_KEYWORD]
+    doubts = {
+        name: near[0]
+        for name in cond
+        if name not in explicit and (near := difflib.get_close_matches(name, own, 1, _MISSPELT))
     }
+    hint = "".join(f"; did you mean {near}= for {name}=?" for name, near in doubts.items())
+    if taken is not None:
+        try:
+            inspect.Signature(taken).bind(None, None, **cond)
+        except TypeError as error:
+            given = "".join(f", {name}=..." for name in cond)
+            raise ArgumentError(
+                f"the network cannot be called as net(x, t{given}): {error}{hint}"
+            ) from error
+    if doubts:
+        warnings.warn(
+            f"{', '.join(doubts)} is no argument of {verb.__name__} and goes to the model{hint}",
+            ModelWarning,
+            stacklevel=stacklevel,
+        )
+
+
+def _parameters(score: object) -> list[inspect.Parameter] | None:
+    """The parameters of the network behind `score`, None where they cannot be known."""
+    net = score
+    if isinstance(score, Model):
+        if not isinstance(score, NetworkModel):
+            return None
+        net = score.net
+    try:
+        signature = inspect.signature(net.forward if isinstance(net, nn.Module) else net)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return None
+    return list(signature.parameters.values())
 
 
 def failure(result: object, status: Tensor) -> SolveError:

@@ -27,7 +27,8 @@ from scipy.interpolate import CubicSpline, PchipInterpolator
 from scipy.optimize import least_squares
 from torch import Tensor, nn
 
-from scoresolve.driving import Prior, Samples, device_of, failure, split_cond
+from scoresolve.conditions import split_cond
+from scoresolve.driving import Prior, Samples, device_of, failure
 from scoresolve.errors import ArgumentError
 from scoresolve.grid import Grid, as_grid
 from scoresolve.models import Model, as_model

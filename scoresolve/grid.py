@@ -25,7 +25,7 @@ from torch import Tensor
 from scoresolve.errors import ArgumentError, GridError, known_name, whole_number
 from scoresolve.sde import SDE, DiscreteVP, GaussianSDE
 
-__all__ = ["GRIDS", "Grid", "as_grid", "make_grid"]
+__all__ = ["GRIDS", "INTEGER_GRIDS", "Grid", "as_grid", "make_grid"]
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,8 @@ _INTEGER: dict[str, Callable[[int, int], Iterable[float]]] = {
     "trailing": _trailing,
 }
 
-GRIDS = (*_SPACINGS, *_INTEGER)
+INTEGER_GRIDS = tuple(_INTEGER)
+GRIDS = (*_SPACINGS, *INTEGER_GRIDS)
 
 
 def make_grid(

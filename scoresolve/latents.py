@@ -62,7 +62,7 @@ def noised(
     if not bool(((time >= 0) & (time <= sde.T)).all()):
         raise ArgumentError(f"t = {t} leaves the interval [0, {sde.T:g}] of {sde}")
     mean, std = sde.marginal(x0, time)
-    return mean + std * as_noise(noise, seed).normal(x0, 0, Purpose.START)
+    return mean + std * as_noise(noise, seed).normal(x0, 0, Purpose.FORWARD)
 
 
 def slerp(a: Tensor, b: Tensor, fractions: float | Sequence[float] | Tensor) -> Tensor:

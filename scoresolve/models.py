@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,6 +24,8 @@ from torch import Tensor, nn
 
 from scoresolve.errors import (
     ArgumentError,
+    ModelWarning,
+    ScoresolveError,
     ShapeError,
     UnknownNameError,
     check_output,
@@ -220,42 +223,115 @@ class NetworkModel(Model):
             `data_scale`, if it has one, becomes the model's.
         sde: its process; None for a plain score that is at home in any process.
         prediction: one of `PREDICTIONS`.
+        time_dtype: of the times that the network gets, floating; if omitted that of its
+            parameters or float32, whichever is wider, as bfloat16 has not the digits for times.
 
     Raises:
-        ArgumentError: a prediction other than the score for a process that is not Gaussian.
+        ArgumentError: a prediction other than the score for a process that is not Gaussian, or
+            `time_dtype` is not floating.
         UnknownNameError: `prediction` is not in `PREDICTIONS`.
     """
 
-    def __init__(self, net: Callable[..., Tensor], sde: SDE | None, prediction: str) -> None:
+    def __init__(
+        self,
+        net: Callable[..., Tensor],
+        sde: SDE | None,
+        prediction: str,
+        time_dtype: torch.dtype | None = None,
+    ) -> None:
         known_name("prediction", prediction, PREDICTIONS)
         if prediction != "score" and not isinstance(sde, GaussianSDE):
             raise ArgumentError(
                 f"{prediction!r} is defined for Gaussian processes only, not for {sde}: "
                 "give the score"
             )
+        if time_dtype is not None and not time_dtype.is_floating_point:
+            raise ArgumentError(f"time_dtype = {time_dtype}: give a floating-point dtype")
         self.net, self.sde, self.prediction = net, sde, prediction
+        self.time_dtype = time_dtype
         self.data_scale = getattr(net, "data_scale", None)
+        self._writes: bool | None = None  # into its arguments; None before the first call
 
     def native(self, x: Tensor, t: TimeLike, **cond: Any) -> Tensor:
         """The network's own prediction at `x` [B, *event] and `t` [] or [B], in `x`'s dtype.
 
-        An `nn.Module` is called in the dtype of its parameters; one that returns an object
-        holds the prediction as its `.sample`.
+        An `nn.Module` is called in the dtype of its parameters, with times of at least float32;
+        one that returns an object holds the prediction as its `.sample`.
         """
         parameter = next(self.net.parameters(), None) if isinstance(self.net, nn.Module) else None
         state = x
         if parameter is not None and parameter.dtype != x.dtype:
             state = x.to(parameter.dtype)
-            t = t.to(parameter.dtype) if isinstance(t, Tensor) and t.is_floating_point() else t
-        out: Any = self.net(state, t, **cond)
+            if isinstance(t, Tensor) and t.is_floating_point() and parameter.is_floating_point():
+                t = t.to(torch.promote_types(parameter.dtype, torch.float32))
+        out: Any = self.asked(state, t, **cond)
         prediction = out if isinstance(out, Tensor) else getattr(out, "sample", out)
         check_output(prediction, x)
         result: Tensor = prediction.to(x.dtype)
         return result
 
+    def asked(self, x: Tensor, t: TimeLike, **cond: Any) -> Any:
+        """What the network returns; whatever it does to its arguments, `x` and `t` stay the same.
+
+        The first call gets copies and tells whether the network writes into them; one that does
+        gets copies ever after.
+
+        Raises:
+            ArgumentError: a network wrote into its arguments that did not at its first call, or
+                its first call meets another dtype than that of its parameters.
+        """
+        if self.time_dtype is not None and isinstance(t, Tensor) and t.is_floating_point():
+            t = t.to(self.time_dtype)
+        if torch.compiler.is_compiling():  # copies that nobody writes into cost nothing there
+            return self.net(x.clone(), t.clone() if isinstance(t, Tensor) else t, **cond)
+        try:
+            if self._writes is False:
+                if x.is_inference():
+                    return self.net(x, t, **cond)
+                seen = x._version
+                out: Any = self.net(x, t, **cond)
+                if x._version != seen:
+                    raise ArgumentError(
+                        "the network wrote into its input x in place, which it did not do at its "
+                        "first call: the state is lost; let it work on a copy, as in "
+                        "`lambda x, t: net(x.clone(), t)`"
+                    )
+                return out
+            return self._asked_with_copies(x, t, cond)
+        except ScoresolveError:
+            raise
+        except Exception as error:
+            if self._writes is None and isinstance(error, RuntimeError) and _of_dtypes(error):
+                raise ArgumentError(
+                    f"the network cannot take x in {x.dtype} ({error}): give the nn.Module itself, "
+                    "whose dtype is then followed, or states in its dtype"
+                ) from error
+            _note(error, x, t)
+            raise
+
+    def _asked_with_copies(self, x: Tensor, t: TimeLike, cond: dict[str, Any]) -> Any:
+        given, time = x.clone(), t.clone() if isinstance(t, Tensor) else t
+        tensors = [copied for copied in (given, time) if isinstance(copied, Tensor)]
+        tracked = not any(copied.is_inference() for copied in tensors)
+        seen = [copied._version for copied in tensors] if tracked else []
+        out = self.net(given, time, **cond)
+        if self._writes is None:
+            if tracked:
+                self._writes = seen != [copied._version for copied in tensors]
+            else:
+                self._writes = not bool(((given == x) | x.isnan()).all())
+            if self._writes:
+                warnings.warn(
+                    "the network writes into its input in place, as nn.ReLU(inplace=True) does as "
+                    "a first layer: every call is given a copy",
+                    ModelWarning,
+                    stacklevel=2,
+                )
+        return out
+
     def bind(self, prediction: str) -> tuple[str, Callable[..., Tensor]]:
         plain = type(self) is NetworkModel and not isinstance(self.net, nn.Module)
-        return self.prediction, self.net if plain else self.native
+        return self.prediction, self.asked if plain else self.native
 
     def predict(self, prediction: str, x: Tensor, t: TimeLike, **cond: Any) -> Tensor:
         known_name("prediction", prediction, PREDICTIONS)
@@ -269,6 +345,23 @@ class NetworkModel(Model):
         if prediction == "flow" and self.sde is not None:
             return self.sde.probability_flow_drift(x, t, lambda *_: m)
         raise ArgumentError(f"{prediction!r} needs a Gaussian process, got {self.sde}")
+
+
+def _of_dtypes(error: RuntimeError) -> bool:
+    """Whether torch complains of two dtypes that do not go together."""
+    text = str(error)
+    return any(words in text for words in ("same dtype", "scalar type", "Input type"))
+
+
+def _note(error: Exception, x: Tensor, t: TimeLike) -> None:
+    """Say in the traceback of a network's own exception where it happened."""
+    times = torch.as_tensor(t).detach().flatten()
+    if times.device.type == "meta" or not times.numel():
+        where = "a time that has no value"
+    else:
+        low, high = float(times.min()), float(times.max())
+        where = f"t = {low:g}" if low == high else f"times from {low:g} to {high:g}"
+    error.add_note(f"raised by the network at {where}, for x of shape {tuple(x.shape)}")
 
 
 class EnergyModel(NetworkModel):
@@ -289,9 +382,14 @@ class EnergyModel(NetworkModel):
     def log_prob_and_score(self, x: Tensor, t: TimeLike, **cond: Any) -> tuple[Tensor, Tensor]:
         """-energy [B] and its gradient, shape of `x` [B, *event], by one call of the energy."""
         keep_graph = torch.is_grad_enabled()
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
+            if x.is_inference():
+                x = x.clone()
+            if isinstance(t, Tensor) and t.is_inference():
+                t = t.clone()
             leaf = x if x.requires_grad else x.detach().requires_grad_()
-            energy = check_energy(self.energy(leaf, t, **cond), x)
+            # a copy that is no leaf, into which the energy may write
+            energy = check_energy(self.energy(leaf.clone(), t, **cond), x)
             (gradient,) = torch.autograd.grad(energy.sum(), leaf, create_graph=keep_graph)
         return -(energy if keep_graph else energy.detach()), -gradient
 
@@ -300,9 +398,14 @@ class _TimestepModel(NetworkModel):
     """A network of integer timesteps, one below the time of its `DiscreteVP`."""
 
     def __init__(
-        self, net: Callable[..., Any], sde: DiscreteVP, prediction: str, quantize: bool
+        self,
+        net: Callable[..., Any],
+        sde: DiscreteVP,
+        prediction: str,
+        quantize: bool,
+        time_dtype: torch.dtype | None,
     ) -> None:
-        super().__init__(net, sde, prediction)
+        super().__init__(net, sde, prediction, time_dtype)
         self.quantize, self.last = quantize, int(sde.T) - 1
 
     def native(self, x: Tensor, t: TimeLike, **cond: Any) -> Tensor:
@@ -341,46 +444,59 @@ def as_model(score: Model | Callable[..., Tensor], sde: SDE) -> Model:
         return score.on(sde)
     if not callable(score):
         raise ArgumentError(f"score is {type(score).__name__}: give a callable score(x, t)")
+    if isinstance(score, type):
+        raise ArgumentError(f"score is the class {score.__name__} itself: give an instance of it")
     return NetworkModel(score, sde, "score")
 
 
-def from_eps(net: Callable[..., Tensor], sde: GaussianSDE) -> Model:
+def from_eps(
+    net: Callable[..., Tensor], sde: GaussianSDE, *, time_dtype: torch.dtype | None = None
+) -> Model:
     """A network that predicts the noise: net(x_t, t) = E[eps | x_t].
 
     Args:
         net: callable `net(x, t, **cond)`, shape of `x`; `t` is the time of `sde`.
         sde: the process it was trained on.
+        time_dtype: see `NetworkModel`.
 
     Source:
         Ho et al. 2020 (2006.11239), eq. 14.
     """
-    return NetworkModel(net, sde, "eps")
+    return NetworkModel(net, sde, "eps", time_dtype)
 
 
-def from_x0(net: Callable[..., Tensor], sde: GaussianSDE) -> Model:
+def from_x0(
+    net: Callable[..., Tensor], sde: GaussianSDE, *, time_dtype: torch.dtype | None = None
+) -> Model:
     """A network that predicts the clean data: net(x_t, t) = E[x_0 | x_t].
 
     Args:
         net: callable `net(x, t, **cond)`, shape of `x`; `t` is the time of `sde`.
         sde: the process it was trained on.
+        time_dtype: see `NetworkModel`.
     """
-    return NetworkModel(net, sde, "x0")
+    return NetworkModel(net, sde, "x0", time_dtype)
 
 
-def from_v(net: Callable[..., Tensor], sde: GaussianSDE) -> Model:
+def from_v(
+    net: Callable[..., Tensor], sde: GaussianSDE, *, time_dtype: torch.dtype | None = None
+) -> Model:
     """A network that predicts v = alpha eps - sigma x_0.
 
     Args:
         net: callable `net(x, t, **cond)`, shape of `x`; `t` is the time of `sde`.
         sde: the process it was trained on.
+        time_dtype: see `NetworkModel`.
 
     Source:
         Salimans and Ho 2022 (2202.00512), section 4 and appendix D.
     """
-    return NetworkModel(net, sde, "v")
+    return NetworkModel(net, sde, "v", time_dtype)
 
 
-def from_flow(net: Callable[..., Tensor], sde: GaussianSDE) -> Model:
+def from_flow(
+    net: Callable[..., Tensor], sde: GaussianSDE, *, time_dtype: torch.dtype | None = None
+) -> Model:
     """A network that predicts the velocity dx_t/dt = alpha' x_0 + sigma' eps.
 
     Time runs from data (0) to noise; a network of the opposite convention is
@@ -389,14 +505,17 @@ def from_flow(net: Callable[..., Tensor], sde: GaussianSDE) -> Model:
     Args:
         net: callable `net(x, t, **cond)`, shape of `x`; `t` is the time of `sde`.
         sde: the process it was trained on, usually `RectifiedFlow()`.
+        time_dtype: see `NetworkModel`.
 
     Source:
         Lipman et al. 2022 (2210.02747), section 4.
     """
-    return NetworkModel(net, sde, "flow")
+    return NetworkModel(net, sde, "flow", time_dtype)
 
 
-def from_denoiser(net: Callable[..., Tensor], sde: EDM | None = None) -> Model:
+def from_denoiser(
+    net: Callable[..., Tensor], sde: EDM | None = None, *, time_dtype: torch.dtype | None = None
+) -> Model:
     """A denoiser D(x_0 + sigma eps, sigma) = E[x_0 | x] of EDM or k-diffusion.
 
     It lives in the process `EDM`, whose time is sigma; with another process the verbs match
@@ -405,11 +524,12 @@ def from_denoiser(net: Callable[..., Tensor], sde: EDM | None = None) -> Model:
     Args:
         net: callable `net(x, sigma, **cond)`, shape of `x`.
         sde: the range of sigma it was trained on; `EDM()` if omitted.
+        time_dtype: see `NetworkModel`.
 
     Source:
         Karras et al. 2022 (2206.00364), eq. 2-3.
     """
-    return NetworkModel(net, sde or EDM(), "x0")
+    return NetworkModel(net, sde or EDM(), "x0", time_dtype)
 
 
 def from_energy(energy: Callable[..., Tensor]) -> EnergyModel:
@@ -426,6 +546,8 @@ def from_discrete(
     alphas_cumprod: Sequence[float] | Tensor,
     prediction: str = "eps",
     quantize: bool = False,
+    *,
+    time_dtype: torch.dtype | None = None,
 ) -> Model:
     """A network with integer timesteps 0..N-1, as a model of `DiscreteVP(alphas_cumprod)`.
 
@@ -436,8 +558,9 @@ def from_discrete(
         prediction: what the network predicts, one of `PREDICTIONS`.
         quantize: round timesteps to the nearest integer and pass int64; otherwise a time
             between two integers is passed as it is.
+        time_dtype: of timesteps that are not rounded, see `NetworkModel`.
 
     Source:
         Ho et al. 2020 (2006.11239), section 2.
     """
-    return _TimestepModel(net, DiscreteVP(alphas_cumprod), prediction, quantize)
+    return _TimestepModel(net, DiscreteVP(alphas_cumprod), prediction, quantize, time_dtype)

@@ -8,12 +8,17 @@ Both run the same driver (`scoresolve.driving`).
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from scoresolve.conditions import unmarked
 from scoresolve.driving import (
     Engine,
     Given,
@@ -21,12 +26,22 @@ from scoresolve.driving import (
     PlanEngine,
     Prior,
     Samples,
+    check_call,
+    check_sde,
     device_of,
     drive,
+    settle,
     warn_of_dropout,
 )
-from scoresolve.errors import ArgumentError, GridError, ScoresolveError, ShapeError, whole_number
-from scoresolve.grid import Grid, as_grid, make_grid
+from scoresolve.errors import (
+    ArgumentError,
+    GridError,
+    ModelWarning,
+    ScoresolveError,
+    ShapeError,
+    whole_number,
+)
+from scoresolve.grid import INTEGER_GRIDS, Grid, as_grid, make_grid
 from scoresolve.models import Model, as_model
 from scoresolve.noise import NoiseSource, as_noise
 from scoresolve.plans import Plan, StepReport, check_state, trace
@@ -46,6 +61,12 @@ __all__ = [
 
 DEFAULT_SOLVER = "auto"
 DEFAULT_NFE = 30
+MOST_NFE = 10**6
+"""Calls of a fixed-grid run: the plan of so many takes minutes to make and gigabytes to hold."""
+
+_MOST_ELEMENTS = 2**48  # more than any machine's memory holds, and less than overflows a size
+
+_HIDDEN = 0.01  # signal-to-noise ratio below which data of unit variance move no std by 0.5 %
 
 Times = Grid | Sequence[float] | Tensor
 
@@ -110,7 +131,12 @@ def grid_for(
     if steps is not None and nfe is not None:
         raise ArgumentError(f"steps = {steps} and nfe = {nfe}: give one budget, not both")
 
+    upward = t_start is not None and t_end is not None and t_start < t_end
+
     def make(n: int) -> Grid:
+        if grid in INTEGER_GRIDS and upward and (t_start, t_end) == (sde.t_min, sde.T):
+            down = make_grid(grid, sde, n, denoise=False)
+            return Grid(down.times[::-1], bool(denoise), down.name)
         if grid is None:
             return solver.make_grid(sde, n, t_start, t_end, denoise)
         return make_grid(grid, sde, n, t_start, t_end, denoise)
@@ -119,15 +145,20 @@ def grid_for(
         return make(steps)
     if (fixed := solver.steps_for_budget()) is not None:
         return make(fixed)
-    budget = whole_number("nfe", DEFAULT_NFE if nfe is None else nfe)
+    budget = _checked_nfe(nfe)
 
+    @cache
     def cost(n: int) -> int:
         times = make(n)
         return trace(solver, sde, times.times, times.denoise).nfe
 
     if cost(1) > budget:
         raise GridError(f"{solver.name!r} needs {cost(1)} calls for one step, nfe = {budget}")
-    low, high = 1, budget + 1
+    low, high = 1, budget + 1  # cost(low) <= budget < cost(high), as a step costs a call
+    guess = _steps_at(budget, cost(1), cost(2))  # right for most solvers, whose cost is affine
+    for n in (guess, guess + 1):
+        if low < n < high:
+            low, high = (n, high) if cost(n) <= budget else (low, n)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if cost(middle) <= budget else (low, middle)
@@ -195,15 +226,20 @@ def sample(
         SolveError: a sample failed and `raise_on_failure` is set.
     """
     resolved = get_solver(solver)
+    check_sde(sde)
     model = as_model(score, sde)
+    check_call(score, cond, sample)
     warn_of_dropout(score)
     if (shape is None) == (x is None):
         raise ArgumentError("give either shape=[B, *event] or a start x=, not both")
     source = as_noise(noise, seed)
+    given_times = None if grid is None or isinstance(grid, str) else as_grid(grid, denoise)
+    for name, time in {"t_start": t_start, "t_end": t_end}.items():
+        if time is not None and (isinstance(time, str | bool) or not hasattr(time, "__float__")):
+            raise ArgumentError(f"{name} = {time!r}: give a number")
     if x is None:
-        start: Given | Prior = Prior(
-            _checked_shape(shape), sde, source, dtype, device or device_of(score)
-        )
+        dtype, device = _checked_place(dtype, device or device_of(score))
+        start: Given | Prior = Prior(_checked_shape(shape), sde, source, dtype, device)
     else:
         check_state(x)
         if dtype is not None or device is not None:
@@ -213,7 +249,6 @@ def sample(
         whole_number("chunk", chunk)
     spent = 0
     if isinstance(resolved, Solver):
-        given_times = None if grid is None or isinstance(grid, str) else as_grid(grid, denoise)
         named = grid if isinstance(grid, str) else None
 
         def engine_for(solver: Solver, nfe: int | None) -> PlanEngine:
@@ -246,6 +281,11 @@ def sample(
         Grid(ends).check(sde)
         width, chunk = (chunk, None) if resolved.refills else (None, chunk)
         engine = IntegratorEngine(resolved, sde, ends, bool(denoise), width)
+    if isinstance(start, Prior):
+        start.begin_at(engine.t_start)
+        _warn_of_signal(sde, engine.t_start)
+    whole = isinstance(engine, PlanEngine) and (chunk is None or chunk >= start.batch)
+    cond = unmarked(cond) if whole else settle(cond, model, start, engine.t_start)
     with torch.set_grad_enabled(gradients):
         return drive(engine, model, start, source, chunk, progress, raise_on_failure, cond, spent)
 
@@ -279,13 +319,25 @@ def encode(
 
     Raises:
         ArgumentError: the solver is stochastic, or as in `sample`.
+        GridError: the times do not rise.
     """
     resolved = get_solver(solver)
     if resolved.stochastic:
         raise ArgumentError(f"{resolved.name!r} draws noise: encoding needs a deterministic solver")
+    check_sde(sde)
     if grid is None or isinstance(grid, str):
+        if grid in INTEGER_GRIDS and (t_start is not None or t_end is not None):
+            raise GridError(
+                f"the grid {grid!r} is fixed by the chain: leave out t_start= and t_end="
+            )
         t_start = sde.t_min if t_start is None else t_start
         t_end = sde.T if t_end is None else t_end
+        rises = t_start < t_end
+    else:
+        grid = as_grid(grid)
+        rises = grid.times[0] < grid.times[-1]
+    if not rises:
+        raise GridError("encoding goes from data to noise: give times that rise")
     return sample(
         score,
         sde,
@@ -303,14 +355,63 @@ def encode(
     )
 
 
+def _warn_of_signal(sde: SDE, t: float) -> None:
+    """Tell that a start without data in it is not the law of the process at `t`."""
+    if t == sde.T or not isinstance(sde, GaussianSDE):
+        return
+    snr = math.exp(float(sde.log_snr(t)))
+    if snr > _HIDDEN:
+        warnings.warn(
+            f"the start at t_start = {t:g} is drawn as noise alone, but {sde} still holds the data "
+            f"there (alpha^2/sigma^2 = {snr:.2g}), so samples follow another law: give x=, data "
+            "noised to that time",
+            ModelWarning,
+            stacklevel=3,
+        )
+
+
+def _steps_at(budget: int, one: int, two: int) -> int:
+    """Steps of a budget, if a first step costs `one` and each other `two - one` calls."""
+    return 1 + (budget - one) // max(1, two - one)
+
+
+def _checked_nfe(nfe: int | None) -> int:
+    calls = DEFAULT_NFE if nfe is None else whole_number("nfe", nfe)
+    if calls > MOST_NFE:
+        raise ArgumentError(f"nfe = {nfe}: give at most {MOST_NFE:,} calls")
+    return calls
+
+
 def _checked_shape(shape: Sequence[int] | None) -> tuple[int, ...]:
+    listed = shape.tolist() if isinstance(shape, Tensor | np.ndarray) else shape
     try:
-        sizes = tuple(whole_number("size", size) for size in shape or ())
+        if isinstance(listed, str):
+            raise TypeError
+        sizes = tuple(whole_number("size", size) for size in listed or ())
     except (ScoresolveError, TypeError) as error:
         raise ShapeError(f"shape = {shape}: give positive whole numbers [B, *event]") from error
     if not sizes:
         raise ShapeError("shape is empty: give [B, *event]")
+    if math.prod(sizes) > _MOST_ELEMENTS:
+        raise ShapeError(f"shape = {shape}: a state of so many elements fits into no memory")
     return sizes
+
+
+def _checked_place(
+    dtype: torch.dtype | None, device: torch.device | str | None
+) -> tuple[torch.dtype | None, torch.device | None]:
+    """A dtype and a device that exist here."""
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise ArgumentError(f"dtype = {dtype!r}: give a torch.dtype, such as torch.float32")
+    if device is None:
+        return dtype, None
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        why = str(error).splitlines()[0]
+        raise ArgumentError(f"device = {str(device)!r} cannot be used here: {why}") from error
+    return dtype, place
 
 
 def refuse(solver: Integrator, **given: object) -> None:

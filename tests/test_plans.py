@@ -32,7 +32,7 @@ from torch import Tensor
 from scoresolve.errors import ArgumentError, GridError, ShapeError
 from scoresolve.grid import make_grid
 from scoresolve.models import Model, NetworkModel, as_model
-from scoresolve.noise import NoiseSource, Philox, Purpose
+from scoresolve.noise import NoiseSource, Philox, Purpose, first_draw
 from scoresolve.plans import (
     Call,
     Combine,
@@ -156,7 +156,8 @@ def test_trace_of_euler_in_eps_form_has_the_coefficients_worked_out_by_hand() ->
         ],
     )
     assert plan.output == 4 and plan.nfe == plan.steps == 2 and plan.times == (t0, t1, t2)
-    assert not plan.stochastic and not plan.denoised and plan.prior_std == 1.0
+    assert not plan.stochastic and not plan.denoised
+    assert plan.prior_std == VP().start_std(t0) == pytest.approx(vp_scales(t0)[1], rel=1e-4)
 
 
 def test_trace_of_dpmpp_2m_has_the_coefficients_worked_out_by_hand() -> None:
@@ -190,8 +191,9 @@ def test_trace_of_dpmpp_2m_has_the_coefficients_worked_out_by_hand() -> None:
 def test_trace_of_ddpm_draws_one_noise_a_step_over_its_interval() -> None:
     plan = plan_of("ddpm", 4)
     draws = [stage for stage in plan.stages if isinstance(stage, Draw)]
+    first = first_draw(plan.times[0])
     assert [(d.index, d.t, d.s) for d in draws] == [
-        (i, t, s) for i, (t, s) in enumerate(itertools.pairwise(plan.times))
+        (first + i, t, s) for i, (t, s) in enumerate(itertools.pairwise(plan.times))
     ]
 
 
@@ -788,8 +790,8 @@ class ByMatrices:
 
     def __post_init__(self) -> None:
         dim = len(self.mu)
-        draws = [stage for stage in self.plan.stages if isinstance(stage, Draw)]
-        width = dim * (1 + len(draws))
+        drawn = [stage.index for stage in self.plan.stages if isinstance(stage, Draw)]
+        width = dim * (1 + len(drawn))
 
         def unit(block: int) -> Matrix:
             matrix = np.zeros((dim, width))
@@ -799,7 +801,9 @@ class ByMatrices:
         self.registers[0] = Affine(unit(0), np.zeros(dim))
         for stage in self.plan.stages:
             if isinstance(stage, Draw):
-                self.registers[stage.out] = Affine(unit(1 + stage.index), np.zeros(dim))
+                self.registers[stage.out] = Affine(
+                    unit(1 + drawn.index(stage.index)), np.zeros(dim)
+                )
             elif isinstance(stage, Combine):
                 self.registers[stage.out] = Affine(
                     sum(c * self.registers[r].matrix for r, c in stage.terms),  # type: ignore[arg-type]
@@ -900,7 +904,7 @@ def test_law_is_that_of_full_matrices(name: str, process: str, denoise: bool) ->
     plan = plan_of(name, 6, sde, denoise)
     witness = ByMatrices(plan, MU, COVARIANCE, schedule)
     starts = {
-        "prior": (np.zeros(3), sde.prior_std**2 * np.eye(3)),
+        "prior": (np.zeros(3), sde.start_std(plan.times[0]) ** 2 * np.eye(3)),
         "marginal": witness.marginal(plan.times[0]),
     }
     for kind, (mean, covariance) in starts.items():

@@ -68,12 +68,13 @@ def test_log_probabilities_sum_to_the_joint_density_of_the_gaussian_chain(sde, s
     model = ss.GaussianMixture([1.0], mean[None], covariance[None]).score_model(sde)
     plan = ss.plan(solver, sde, inner_grid(sde, 3))
     chain = GaussianChain(plan)
-    start = MultivariateNormal(torch.zeros(2).double(), sde.prior_std**2 * torch.eye(2).double())
-    states = chain.rollout(model, start.mean + sde.prior_std * normal(rng, 4, 2), ss.Philox(seed))
+    std = sde.start_std(plan.times[0])
+    start = MultivariateNormal(torch.zeros(2).double(), std**2 * torch.eye(2).double())
+    states = chain.rollout(model, start.mean + std * normal(rng, 4, 2), ss.Philox(seed))
 
     # the path is linear in (start, z_1, ..., z_S): its covariance is J J^T
     def path(noises: Tensor) -> Tensor:
-        x, rows = sde.prior_std * noises[:2][None], []
+        x, rows = std * noises[:2][None], []
         for k, step in enumerate(chain.steps):
             rows.append(x[0])
             x = step.mean(model, x) + step.std * noises[2 * k + 2 : 2 * k + 4]

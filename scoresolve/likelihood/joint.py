@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from scoresolve.conditions import split_cond
 from scoresolve.divergence import (
     Differentiator,
     exact_divergence,
@@ -30,7 +31,6 @@ from scoresolve.driving import (
     Part,
     PlanEngine,
     drive,
-    split_cond,
 )
 from scoresolve.errors import ArgumentError, GridError, check_output
 from scoresolve.grid import Grid, as_grid

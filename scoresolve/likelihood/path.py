@@ -21,8 +21,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from scoresolve.conditions import split_cond
 from scoresolve.divergence import Differentiator, exact_divergence, hutchinson, walsh_signs
-from scoresolve.driving import split_cond
 from scoresolve.errors import check_output
 from scoresolve.likelihood.nodes import ORDER, Nodes
 from scoresolve.models import Model, conversion

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scoresolve.driving import split_cond, warn_of_dropout
+from scoresolve.conditions import split_cond
+from scoresolve.driving import warn_of_dropout
 from scoresolve.errors import ArgumentError, ShapeError, known_name, real_number, whole_number
 from scoresolve.model_check.derivatives import (
     Denoised,

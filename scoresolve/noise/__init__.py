@@ -10,6 +10,7 @@ from scoresolve.noise.sources import (
     Purpose,
     Times,
     as_noise,
+    first_draw,
 )
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "Purpose",
     "Times",
     "as_noise",
+    "first_draw",
     "philox4x32",
 ]

@@ -10,7 +10,9 @@ the batch, the chunks, the threads, the order of work or the event shape.
 
 from __future__ import annotations
 
+import hashlib
 import operator
+import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from enum import IntEnum
@@ -41,6 +43,7 @@ __all__ = [
     "Times",
     "as_noise",
     "check_like",
+    "first_draw",
     "group_size",
 ]
 
@@ -63,6 +66,7 @@ class Purpose(IntEnum):
     ACCEPT = 8
     OBJECTIVE = 9
     DISTANCE = 10
+    FORWARD = 11
 
 
 class NoiseSource(ABC):
@@ -108,6 +112,14 @@ class NoiseSource(ABC):
 
     def rows(self, index: slice | Tensor) -> NoiseSource:
         """The source for the samples `index` of the batch: a slice, or [n] integers or mask."""
+        return self
+
+    def started(self, t: float) -> NoiseSource:
+        """The source for a run that starts at time `t` inside the process.
+
+        A run that goes on from where another ended must not meet the other's numbers again. A
+        source whose numbers have no address gives new ones anyway and is returned itself.
+        """
         return self
 
 
@@ -199,6 +211,14 @@ class Philox(NoiseSource):
         elif index.dtype is torch.bool:
             index = index.nonzero().flatten()
         return Philox(self.seed, samples=_checked_ids(index) + self.first_sample)
+
+    def started(self, t: float) -> Philox:
+        """The same samples with another key, a hash of the seed and of `t` in float64."""
+        packed = struct.pack("<Qd", self.seed, t)
+        seed = int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
+        if self.samples is not None:
+            return Philox(seed, samples=self.samples)
+        return Philox(seed, self.first_sample)
 
     def _ids(self, like: Tensor) -> Tensor:
         batch = like.shape[0]
@@ -328,6 +348,17 @@ def as_noise(
         f"noise is a {type(noise).__name__}: give a NoiseSource, a torch.Generator, "
         "a callable fn(x, t, s) or None"
     )
+
+
+def first_draw(t: float) -> int:
+    """Number of the first draw of a plan that starts at time `t` inside the process.
+
+    A plan from T on counts its draws from 0. One that starts inside counts from a hash of `t` with
+    the top bit set, so that a run that goes on from where another ended has numbers of its own:
+    two ranges of n draws meet by a chance of n / 2^30.
+    """
+    digest = hashlib.blake2b(struct.pack("<d", t), digest_size=4).digest()
+    return 2**31 | int.from_bytes(digest, "little") >> 2
 
 
 def group_size(like: Tensor) -> int:

@@ -48,18 +48,31 @@ class StepReport:
 
 
 def check_state(x: Tensor) -> None:
-    """Raise unless `x` is a floating-point batch [B, *event]."""
+    """Raise unless `x` is a batch [B, *event] of numbers that a solver can compute with.
+
+    Raises:
+        ArgumentError: it is no tensor, not real floating point of 16 to 64 bits, sparse, or meta.
+        ShapeError: it has no batch axis, or samples without elements.
+    """
     if not isinstance(x, Tensor) or not x.is_floating_point():
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise ArgumentError(f"the state is {kind}: give a real floating-point tensor")
+    if x.dtype not in _STATES:
+        raise ArgumentError(f"the state is {x.dtype}: give float16, bfloat16, float32 or float64")
+    if x.layout is not torch.strided:
+        raise ArgumentError(f"the state has layout {x.layout}: give a dense tensor, x.to_dense()")
+    if x.device.type == "meta":
+        raise ArgumentError("the state is on the meta device, where nothing is computed: move it")
     if x.ndim < 1:
         raise ShapeError("the state has no batch axis: give a tensor [B, *event]")
+    if 0 in x.shape[1:]:
+        raise ShapeError(f"the state has shape {tuple(x.shape)}: its samples have no elements")
 
 
 def model_time(t: float | Sequence[float], x: Tensor) -> Tensor:
     """`t` as the model gets it: [B] (or [len(t), B]) without copies, at least float32."""
     dtype = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
-    times = torch.tensor(t, dtype=torch.float64).to(device=x.device, dtype=dtype)
+    times = torch.tensor(t, dtype=torch.float64, device="cpu").to(device=x.device, dtype=dtype)
     return times[..., None].expand(*times.shape, x.shape[0])
 
 
@@ -71,6 +84,7 @@ class _Instruction(NamedTuple):
     freed: tuple[int, ...]  # slots that nobody reads any more
 
 
+_STATES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _CALL, _COMBINE, _MARK, _OTHER = range(4)
 _LARGE = 1 << 14  # elements from which one pass over memory is worth two views
 
@@ -98,7 +112,7 @@ def _fuse(instructions: list[_Instruction]) -> list[_Instruction]:
 
 def _count_alone() -> tuple[int, int]:
     """What Python's and torch's counters show for a tensor in one list and one local name."""
-    alone = [torch.empty(1)]
+    alone = [torch.empty(1, device="cpu")]
     y = alone[0]
     return sys.getrefcount(y), torch._C._storage_Use_Count(y.untyped_storage()._cdata)
 
@@ -193,7 +207,9 @@ class Program:
         wide = torch.float64 if dtype is torch.float64 else torch.float32
         if wide not in self._kept_scales:
             with torch.inference_mode(False):
-                self._kept_scales[wide] = torch.tensor(self.scales, dtype=wide).unbind()
+                self._kept_scales[wide] = torch.tensor(
+                    self.scales, dtype=wide, device="cpu"
+                ).unbind()
         return self._kept_scales[wide]
 
     def _times(self, x: Tensor) -> Sequence[Tensor]:
@@ -221,7 +237,9 @@ class Program:
         calls = self._bind(model, x, cond)
         slots: list[Any] = [None] * self.slots
         slots[0] = x
-        size, dtype = x.numel(), x.dtype
+        size, dtype, shape = x.numel(), x.dtype, x.shape
+        if in_place and torch._C._functorch.is_functorch_wrapped_tensor(x):
+            in_place = False  # its storage cannot be looked at
         large = size >= _LARGE
         one = torch.ones(1, dtype=dtype, device=x.device) if large else None
         scales = self._scale_tensors(dtype)
@@ -235,7 +253,11 @@ class Program:
                 number, combine = detail
                 function, time, converted = calls[number]
                 y = slots[source]
-                m = function(y, time)
+                try:
+                    m = function(y, time)
+                except Exception as error:
+                    error.add_note(f"at call {number + 1} of the {len(calls)} of this plan")
+                    raise
                 if number < 2:
                     check_output(m, y)
                     if watches and number == 0:
@@ -243,11 +265,12 @@ class Program:
                     elif watches:
                         reuses_memory = m.data_ptr() == first_output.data_ptr()
                         del first_output
-                elif m.numel() != size:
+                elif not isinstance(m, Tensor) or m.shape != shape:
                     check_output(m, y)
                 if reuses_memory:
                     m = m.clone()
                 if m.dtype is not dtype:
+                    check_output(m, y)
                     m = m.to(dtype)
                 if graph and m.requires_grad:
                     in_place = False

@@ -38,7 +38,7 @@ class Plan:
         times: the grid, [steps + 1].
         denoised: whether a final call jumps from the last time to sigma = 0.
         start, end: schedule at the first and the last time (None if not Gaussian).
-        prior_std: standard deviation of the process's prior (None if not Gaussian).
+        prior_std: standard deviation of a start drawn at the first time (None if not Gaussian).
         stages: what is done, in order.
         output: the register that holds the result.
     """
@@ -73,7 +73,8 @@ class Plan:
 
     def __str__(self) -> str:
         head = f"{self.solver} on {self.process}: {self.steps} steps, NFE {self.nfe}"
-        rows = [_describe(stage) for stage in self.stages]
+        first = min((s.index for s in self.stages if isinstance(s, Draw)), default=0)
+        rows = [_describe(stage, first) for stage in self.stages]
         width = max((len(left) for left, _ in rows), default=0)
         lines = [f"{i:4d}  {left:<{width}}  {right}" for i, (left, right) in enumerate(rows)]
         return "\n".join([head, *lines, f"      result: x{self.output}"])
@@ -184,9 +185,12 @@ class Plan:
                 f"a plan with the kernel {custom[0].kernel.name!r} cannot be compiled whole: run it"
             )
         draws = [stage for stage in self.stages if isinstance(stage, Draw)]
+        numbers = [draw.index for draw in draws]
 
         def whole(x: Tensor, drawn: list[Tensor], cond: dict[str, Any]) -> Tensor:
-            return self.run(model, x, _Drawn(drawn), None, False, **cond)
+            return self.run(
+                model, x, _Drawn(dict(zip(numbers, drawn, strict=True))), None, False, **cond
+            )
 
         compiled = torch.compile(whole, **options)
 
@@ -230,7 +234,7 @@ class Plan:
 class _Drawn(NoiseSource):
     """Noise that was drawn beforehand."""
 
-    def __init__(self, values: list[Tensor]) -> None:
+    def __init__(self, values: dict[int, Tensor]) -> None:
         self.values = values
 
     def normal(
@@ -254,12 +258,15 @@ def _stage(entry: dict[str, Any]) -> Stage:
     return stage
 
 
-def _describe(stage: Stage) -> tuple[str, str]:
+def _describe(stage: Stage, first_draw: int) -> tuple[str, str]:
     if isinstance(stage, Call):
         return f"x{stage.out} = {stage.prediction}(x{stage.x}, t={stage.t:.6g})", "network call"
     if isinstance(stage, Draw):
         what = "area, " if stage.area else ""
-        return f"x{stage.out} = noise {stage.index}", f"{what}t={stage.t:.6g} -> {stage.s:.6g}"
+        return (
+            f"x{stage.out} = noise {stage.index - first_draw}",
+            f"{what}t={stage.t:.6g} -> {stage.s:.6g}",
+        )
     if isinstance(stage, Combine):
         terms = " ".join(f"{c:+.8g} x{r}" for r, c in stage.terms)
         return f"x{stage.out} = {terms}", ""

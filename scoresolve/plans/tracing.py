@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 
 from scoresolve.errors import ArgumentError, GridError, ScoresolveError
+from scoresolve.noise import first_draw
 from scoresolve.plans.plan import Plan
 from scoresolve.plans.stages import Action, Call, Combine, Custom, Draw, Drift, Mark, Stage
 from scoresolve.sde import SDE, GaussianSDE, SchedulePoint
@@ -102,7 +103,7 @@ class Run:
         self.past: list[Past] = []
         self.stages: list[Stage] = []
         self._registers = 1
-        self._draws = 0
+        self._draws = 0 if self.times[0] == sde.T else first_draw(self.times[0])
         self._driven: set[tuple[float, float, bool]] = set()
         self._first_call: tuple[Linear, Linear] | None = None
         self._log_scales: dict[float, tuple[float, float]] = {}
@@ -336,7 +337,7 @@ def trace(solver: Steps, sde: SDE, times: Sequence[float], denoise: bool = False
         denoised=denoise,
         start=schedule.at(times[0]),
         end=schedule.at(times[-1]),
-        prior_std=sde.prior_std if isinstance(sde, GaussianSDE) else None,
+        prior_std=sde.start_std(times[0]) if isinstance(sde, GaussianSDE) else None,
         stages=stages,
         output=output,
     )

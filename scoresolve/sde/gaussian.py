@@ -150,6 +150,15 @@ class GaussianSDE(SDE):
         """Standard deviation of the prior that sampling starts from."""
         return float(self.sigma(self.T))
 
+    def start_std(self, t: float) -> float:
+        """Standard deviation of a start that is drawn at time `t` without any data in it.
+
+        That of the prior, in proportion to the noise: prior_std sigma(t) / sigma(T).
+        """
+        if t == self.T:
+            return self.prior_std
+        return self.prior_std * float(self.sigma(t)) / float(self.sigma(self.T))
+
     def from_normals(self, z: Tensor) -> Tensor:
         return self.prior_std * z
 

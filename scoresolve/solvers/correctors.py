@@ -4,9 +4,9 @@ A corrector moves the state at time t towards p_t without changing t:
 
     x <- x + delta score(x, t) + sqrt(2 delta) z.
 
-The annealed rule takes delta proportional to sigma_t^2, which is linear and has an exact law;
-the norm rule takes it from the sizes of score and noise, sample by sample. A kernel of
-`scoresolve.kernels` corrects too, one that accepts and rejects without a bias of its own.
+A delta that depends on t alone, in proportion to sigma_t^2, keeps the move linear and its law
+exact. A kernel of `scoresolve.kernels` corrects too, one that accepts and rejects without a bias
+of its own.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 
-import torch
 from torch import Tensor
 
-from scoresolve.errors import ArgumentError, whole_number
+from scoresolve.errors import ArgumentError, real_number, whole_number
+from scoresolve.grid import Grid
 from scoresolve.kernels import ChainNoise, Kernel, Target
 from scoresolve.kernels.base import checked_acceptance
 from scoresolve.kernels.target import column
-from scoresolve.noise import NoiseSource, Purpose
+from scoresolve.noise import NoiseSource
 from scoresolve.plans import Linear, Run
 from scoresolve.plans.stages import Predict
+from scoresolve.sde import SDE, GaussianSDE
 from scoresolve.solvers.base import Solver
 
 __all__ = [
@@ -46,16 +47,40 @@ class Corrector(ABC):
         """The corrected state at `t`."""
 
 
-class LangevinCorrector(Corrector):
-    """Langevin moves whose step follows from the norms of score and noise, per sample.
+class _Langevin(Corrector):
+    """Langevin moves of step `rate` sigma_t^2; the noise of the step over again without sigma."""
 
-        delta = 2 (snr |z| / |score|)^2,   x <- x + delta score + sqrt(2 delta) z.
+    def __init__(self, rate: float, moves: int) -> None:
+        self.rate, self.moves = rate, whole_number("moves", moves)
 
-    The factor alpha of the published VP rule is left out (it tends to 1 on fine grids); the
-    published code takes norms over the batch, which ties every sample to its neighbours.
+    def correct(self, x: Linear, t: float, run: Run) -> Linear:
+        if isinstance(run.sde, GaussianSDE):
+            delta = self.rate * run.sigma(t) ** 2
+        else:
+            delta = run.diffusion(t) ** 2 * abs(t - run.times[run.index]) / 2
+        for _ in range(self.moves):
+            score = run.predict(x, t, "score")
+            x = x + delta * score + math.sqrt(2 * delta) * run.noise(t, t)
+        return x
+
+
+class LangevinCorrector(_Langevin):
+    """Langevin moves whose step follows from the expected norms of score and noise.
+
+        delta = 2 (snr E|z| / E|score|)^2 = 2 (snr sigma_t)^2,
+        x <- x + delta score + sqrt(2 delta) z,
+
+    as E|z|^2 = D, and E|score|^2 = D / sigma_t^2 where noise rules every direction. The published
+    rule takes the norms of the states at hand. Of each state alone they tie the step to where it
+    goes, and then no p_t is invariant: of dx = d(x) score dt + sqrt(2 d(x)) dw it is p_t / d, whose
+    E|x|^2 for N(0, I) is D + 2. Of the whole batch they tie every sample to its neighbours. The
+    factor alpha_t of the published VP rule is left out; it tends to 1 where the data show.
+
+    A process without sigma(t) gets delta = g^2 h / 2: noise of the variance of the step's own.
 
     Args:
-        snr: signal-to-noise ratio of a move, > 0.
+        snr: signal-to-noise ratio of a move, > 0. Unadjusted moves leave a variance v of p_t at
+            v / (1 - delta / 2v), at most 1 / (1 - snr^2) times too large.
         moves: moves per time, >= 1.
 
     Raises:
@@ -65,41 +90,20 @@ class LangevinCorrector(Corrector):
         Song et al. 2021 (2011.13456), algorithms 4 and 5.
     """
 
+    name = "langevin"
     source = "Song et al. 2021 (2011.13456), algorithms 4 and 5"
 
     def __init__(self, snr: float = 0.16, moves: int = 1) -> None:
-        if not 0 < snr < math.inf:
-            raise ArgumentError(f"snr = {snr}: the corrector's signal-to-noise ratio is positive")
-        self.snr, self.calls = snr, whole_number("moves", moves)
-        self.name = "langevin"
-
-    def correct(self, x: Linear, t: float, run: Run) -> Linear:
-        return run.apply(self, x, t)
-
-    def __call__(
-        self, x: Tensor, t: float, predict: Predict, noise: NoiseSource, draw: int
-    ) -> Tensor:
-        """The moves on actual states [B, *event]; the `Action` of a `Custom` stage."""
-        for move in range(self.calls):
-            score = predict("score", x, t)
-            z = noise.normal(x, draw + move, Purpose.CORRECTOR)
-            axes = tuple(range(1, x.ndim))
-            length = _norm(score, axes)
-            # Where the score vanishes there is no direction to correct in: no move.
-            ratio = torch.where(length > 0, _norm(z, axes) / length, 0.0)
-            delta = 2 * (self.snr * ratio) ** 2
-            x = x + delta * score + (2 * delta).sqrt() * z
-        return x
+        self.snr = real_number("snr", snr, above=0)
+        super().__init__(2 * self.snr**2, moves)
 
 
-def _norm(x: Tensor, axes: tuple[int, ...]) -> Tensor:
-    return x.square().sum(axes, keepdim=True).sqrt() if axes else x.abs()
-
-
-class AnnealedCorrector(Corrector):
+class AnnealedCorrector(_Langevin):
     """Langevin moves with a step proportional to sigma_t^2.
 
         delta = ratio sigma_t^2 / 2,   x <- x + delta score + sqrt(2 delta) z.
+
+    A process without sigma(t) gets delta = g^2 h / 2: noise of the variance of the step's own.
 
     Args:
         ratio: epsilon / sigma_L^2 of the paper, > 0; its epsilon = 2e-5 at sigma_L = 0.01 is 0.2.
@@ -112,20 +116,12 @@ class AnnealedCorrector(Corrector):
         Song and Ermon 2019 (1907.05600), algorithm 1.
     """
 
+    name = "annealed"
     source = "Song and Ermon 2019 (1907.05600), algorithm 1"
 
     def __init__(self, ratio: float = 0.2, moves: int = 1) -> None:
-        if not 0 < ratio < math.inf:
-            raise ArgumentError(f"ratio = {ratio}: the corrector's step is positive")
-        self.ratio, self.moves = ratio, whole_number("moves", moves)
-        self.name = "annealed"
-
-    def correct(self, x: Linear, t: float, run: Run) -> Linear:
-        delta = self.ratio * run.sigma(t) ** 2 / 2
-        for _ in range(self.moves):
-            score = run.predict(x, t, "score")
-            x = x + delta * score + math.sqrt(2 * delta) * run.noise(t, t)
-        return x
+        self.ratio = real_number("ratio", ratio, above=0)
+        super().__init__(self.ratio / 2, moves)
 
 
 class KernelCorrector(Corrector):
@@ -201,7 +197,9 @@ class _KernelMoves:
 class PredictorCorrector(Solver):
     """Any predictor's step, followed by a corrector at the new time.
 
-    The corrector's own bias stays when the grid is refined, so there is no order.
+    The corrector leaves the path of the step, so a predictor that looks at earlier steps starts
+    anew after it. Grid and jumps are the predictor's. The corrector's own bias stays when the grid
+    is refined, so there is no order.
 
     Args:
         predictor: a fixed-grid solver.
@@ -215,10 +213,29 @@ class PredictorCorrector(Solver):
 
     def __init__(self, predictor: Solver, corrector: Corrector) -> None:
         self.predictor, self.corrector = predictor, corrector
-        self.predicts = predictor.predicts
+        self.predicts, self.wants_scale = predictor.predicts, predictor.wants_scale
+        self.grid, self.grid_options = predictor.grid, predictor.grid_options
+        self.jumps_at_noise = predictor.jumps_at_noise
+        self.jumps_at_data = predictor.jumps_at_data
         self.name = f"pc({predictor.name}, {corrector.name})"
         self.source = f"Song et al. 2021 (2011.13456), algorithm 1; {corrector.source}"
 
+    def make_grid(
+        self,
+        sde: SDE,
+        steps: int,
+        t_start: float | None = None,
+        t_end: float | None = None,
+        denoise: bool | None = None,
+    ) -> Grid:
+        return self.predictor.make_grid(sde, steps, t_start, t_end, denoise)
+
+    def scaled(self, scale: float | None) -> Solver:
+        return PredictorCorrector(self.predictor.scaled(scale), self.corrector)
+
     def step(self, x: Linear, t: float, s: float, run: Run) -> Linear:
+        run.past.clear()
         predicted = self.predictor.step(x, t, s, run)
-        return predicted if run.sigma(s) == 0 else self.corrector.correct(predicted, s, run)
+        if isinstance(run.sde, GaussianSDE) and run.sigma(s) == 0:
+            return predicted
+        return self.corrector.correct(predicted, s, run)

@@ -1,0 +1,175 @@
+"""Conditions: which of a model's keyword arguments follow the samples, and which they share.
+
+A condition is a tensor or a nest of tensors (dict, list, tuple, whatever `torch.utils._pytree`
+knows). A tensor whose first axis is not the batch is shared. One whose first axis is the batch may
+be either, and while the batch stays whole nobody needs to know. Where it must be split, the mark
+`per_sample(...)` or `shared(...)` tells; without one the model is asked: of the readings that it
+takes for one row, all that run must agree. Nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import keystr as _keystr
+from torch.utils._pytree import tree_flatten_with_path, tree_map, tree_unflatten
+
+from scoresolve.errors import ArgumentError, ShapeError
+
+__all__ = ["PerSample", "Shared", "per_sample", "settled", "shared", "split_cond", "unmarked"]
+
+_MOST_READINGS: Final = 16
+"""Combinations of readings that are tried: four tensors that may be read in two ways each."""
+
+_AGREE: Final = 1e-3
+"""Difference below which two answers are one: rounding of half precision, 2^-9 to 2^-11."""
+
+
+@dataclass(frozen=True, eq=False)
+class PerSample:
+    """A condition whose tensors have one row per sample; see `per_sample`."""
+
+    value: Any
+
+
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """A condition that all samples share as it is; see `shared`."""
+
+    value: Any
+
+
+def per_sample(value: Any) -> PerSample:
+    """Mark a condition as one row per sample: it is split whenever the batch is.
+
+    Args:
+        value: a tensor [B, ...] or a nest of such; other leaves are passed on.
+    """
+    return PerSample(value)
+
+
+def shared(value: Any) -> Shared:
+    """Mark a condition as one for all samples: it reaches the model whole.
+
+    Args:
+        value: anything; also a tensor that happens to have as many rows as the batch.
+    """
+    return Shared(value)
+
+
+def split_cond(cond: dict[str, Any], part: slice | Tensor, batch: int) -> dict[str, Any]:
+    """The conditions of the rows `part` of a batch of `batch` samples, without their marks.
+
+    Args:
+        cond: conditions by name; a tensor without a mark follows the samples if its first axis
+            is the batch, see `settled` for those that may be read in two ways.
+        part: a slice, or [n] integers or a mask.
+        batch: samples of the whole batch.
+
+    Raises:
+        ShapeError: a tensor marked per sample has another number of rows.
+    """
+    if not cond:
+        return cond
+
+    def rows(value: Any) -> Any:
+        return value[part] if _follows(value, batch) else value
+
+    def marked_rows(value: Any) -> Any:
+        if isinstance(value, Tensor) and not _follows(value, batch):
+            raise ShapeError(
+                f"a condition marked per sample has shape {tuple(value.shape)} for {batch} "
+                "samples: give it one row per sample, or mark it shared"
+            )
+        return rows(value)
+
+    def of(value: Any) -> Any:
+        if isinstance(value, Shared):
+            return value.value
+        if isinstance(value, PerSample):
+            return tree_map(marked_rows, value.value)
+        return rows(value)
+
+    return {name: tree_map(of, value) for name, value in cond.items()}
+
+
+def unmarked(cond: dict[str, Any]) -> dict[str, Any]:
+    """The conditions as the model gets them for the whole batch."""
+
+    def of(value: Any) -> Any:
+        return value.value if isinstance(value, Shared | PerSample) else value
+
+    return {name: tree_map(of, value) for name, value in cond.items()} if cond else cond
+
+
+def settled(
+    cond: dict[str, Any], batch: int, answer: Callable[[dict[str, Any]], Tensor]
+) -> dict[str, Any]:
+    """The conditions with a mark on every tensor that may be read in two ways.
+
+    Args:
+        cond: conditions by name.
+        batch: samples of the whole batch.
+        answer: the model's answer for the first sample alone, [1, *event], under conditions for
+            it; it raises where the model cannot take them or its answer has another shape.
+
+    Returns:
+        Conditions for `split_cond`. Where the model takes no reading at all they are as given,
+        so that its own complaint is heard when it is called.
+
+    Raises:
+        ArgumentError: the model takes several readings and they differ.
+    """
+    pairs, spec = tree_flatten_with_path(cond)
+    leaves: list[Any] = [leaf for _, leaf in pairs]
+    doubtful = [i for i, leaf in enumerate(leaves) if batch > 1 and _follows(leaf, batch)]
+    if not doubtful:
+        return cond
+    if 2 ** len(doubtful) > _MOST_READINGS:
+        raise _ambiguous([_keystr(pairs[i][0]) for i in doubtful], batch)
+    taken: list[tuple[tuple[type, ...], Tensor]] = []
+    for marks in itertools.product((PerSample, Shared), repeat=len(doubtful)):
+        marked = _marked(leaves, doubtful, marks)
+        one = split_cond(tree_unflatten(marked, spec), slice(0, 1), batch)
+        try:
+            taken.append((marks, answer(one)))
+        except Exception:  # whatever a network raises for arguments that do not fit
+            continue
+    if not taken:
+        return cond
+    chosen, first = taken[0]
+    differ = {
+        i
+        for other, m in taken[1:]
+        if not torch.allclose(m, first, _AGREE, _AGREE, equal_nan=True)
+        for i, mine, its in zip(doubtful, chosen, other, strict=True)
+        if mine is not its
+    }
+    if differ:
+        raise _ambiguous([_keystr(pairs[i][0]) for i in sorted(differ)], batch)
+    result: dict[str, Any] = tree_unflatten(_marked(leaves, doubtful, chosen), spec)
+    return result
+
+
+def _follows(value: Any, batch: int) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == batch
+
+
+def _marked(leaves: list[Any], places: list[int], marks: tuple[type, ...]) -> list[Any]:
+    marked = list(leaves)
+    for i, mark in zip(places, marks, strict=True):
+        marked[i] = mark(leaves[i])
+    return marked
+
+
+def _ambiguous(names: list[str], batch: int) -> ArgumentError:
+    return ArgumentError(
+        f"the conditions {', '.join(names)} have {batch} rows for {batch} samples, and the batch "
+        "has to be split: say ss.per_sample(...) if each sample has its row, or ss.shared(...) if "
+        "all samples share the whole"
+    )
