@@ -437,6 +437,9 @@ def test_solvers_get_the_prediction_that_the_network_makes():
 
 SDE = VP()
 NET = Counted(SDE)
+CUSTOM = ss.solvers.PredictorCorrector(
+    ss.solvers.DDIM(), ss.solvers.KernelCorrector(ss.kernels.ULA(0.05))
+)
 
 
 @pytest.mark.parametrize(
@@ -495,7 +498,7 @@ NET = Counted(SDE)
         ),
         (
             lambda: guidance.network_cost(
-                NET.models[0], ss.plan("pc", SDE, ss.make_grid("uniform", SDE, 3))
+                NET.models[0], ss.plan(CUSTOM, SDE, ss.make_grid("uniform", SDE, 3))
             ),
             ArgumentError,
             "custom kernel",

@@ -36,7 +36,13 @@ from scoresolve.errors import ShapeError, Status
 from scoresolve.noise import Philox
 from scoresolve.peers import PEERS, installed, k_sampling, quiet_scheduler
 from scoresolve.sde import EDM, VP, DiscreteVP, GaussianSDE, RectifiedFlow
-from scoresolve.solvers import DormandPrince, LangevinCorrector, get_solver
+from scoresolve.solvers import (
+    DDIM,
+    DormandPrince,
+    LangevinCorrector,
+    PredictorCorrector,
+    get_solver,
+)
 
 
 def need(library: str) -> None:
@@ -342,9 +348,11 @@ def test_langevin_corrector_of_diffusers_ties_a_sample_to_its_neighbours() -> No
     skip_if_mended(torch.equal(pair, other), "diffusers")
     assert not torch.allclose(pair, other)
 
+    solver = PredictorCorrector(DDIM(), LangevinCorrector())
+    plan = ss.plan(solver, VP(), (0.5, 0.4))
+
     def ours(rows: Tensor) -> Tensor:
-        predict = lambda prediction, x, t: -x  # noqa: E731
-        return LangevinCorrector()(rows, 0.5, predict, Philox(0), 0)[:1]
+        return plan.run(lambda x, t: -x, rows, Philox(0))[:1]
 
     assert torch.equal(ours(torch.cat([first, second])), ours(torch.cat([first, 100 * second])))
 

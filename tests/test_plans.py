@@ -31,6 +31,7 @@ from torch import Tensor
 
 from scoresolve.errors import ArgumentError, GridError, ShapeError
 from scoresolve.grid import make_grid
+from scoresolve.kernels import ULA
 from scoresolve.models import Model, NetworkModel, as_model
 from scoresolve.noise import NoiseSource, Philox, Purpose, first_draw
 from scoresolve.plans import (
@@ -48,17 +49,22 @@ from scoresolve.plans import (
     trace,
 )
 from scoresolve.sde import EDM, SDE, VP, GaussianSDE, RectifiedFlow
-from scoresolve.solvers import REGISTRY, Solver, get_solver
+from scoresolve.solvers import (
+    REGISTRY,
+    KernelCorrector,
+    PredictorCorrector,
+    Solver,
+    get_solver,
+)
 from scoresolve.targets import GaussianMixture
 
 F64 = torch.float64
 Matrix = NDArray[np.float64]
 FIXED = [name for name in REGISTRY if isinstance(get_solver(name), Solver)]
 STOCHASTIC = [name for name in FIXED if get_solver(name).stochastic]
-LINEAR = [name for name in FIXED if name != "pc"]
 LARGE = 6000  # rows of three elements: beyond the size from which the executor fuses passes
 every_solver = pytest.mark.parametrize("name", FIXED)
-linear_solvers = pytest.mark.parametrize("name", LINEAR)
+linear_solvers = pytest.mark.parametrize("name", FIXED)
 
 PLANE = VP()
 MIXTURE = GaussianMixture(
@@ -266,10 +272,6 @@ def test_a_plan_prints_as_a_table_with_every_coefficient() -> None:
 @every_solver
 def test_json_gives_the_plan_back_exactly(name: str) -> None:
     plan = plan_of(name, 6, denoise=True)
-    if name == "pc":
-        with pytest.raises(ArgumentError, match="'langevin' cannot be saved"):
-            plan.to_json()
-        return
     loaded = Plan.from_json(plan.to_json())
     assert loaded == plan
     assert type(loaded.stages) is tuple and type(loaded.times) is tuple
@@ -975,9 +977,17 @@ def test_a_covariance_that_is_none_is_refused(
         plan_of("ddim").law(mean, covariance)
 
 
+CUSTOM = PredictorCorrector(get_solver("ddim"), KernelCorrector(ULA(0.05)))  # type: ignore[arg-type]
+
+
+def test_a_plan_with_a_kernel_cannot_be_saved() -> None:
+    with pytest.raises(ArgumentError, match="'ula' cannot be saved"):
+        trace(CUSTOM, VP(), (0.8, 0.5, 0.1)).to_json()
+
+
 def test_law_refuses_what_is_not_linear() -> None:
     with pytest.raises(ArgumentError, match=r"custom stage at t = .*not linear"):
-        plan_of("pc").law(0.0, 1.0)
+        trace(CUSTOM, VP(), (0.8, 0.5, 0.1)).law(0.0, 1.0)
     with pytest.raises(ArgumentError, match="not a Gaussian process"):
         trace(get_solver("euler_flow"), BenesSDE(), (1.0, 0.5)).law(0.0, 1.0)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="'prior' or 'marginal'"):

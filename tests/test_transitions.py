@@ -192,7 +192,7 @@ class LateNoise(Solver):
         ("dpmpp_2m", "adds no noise"),
         (DDIM(eta=0.0), "adds no noise"),
         ("stochastic_heun", "uses its noise before its end"),
-        ("pc", "not linear"),
+        ("pc", "draws noise 2 times"),
         ("pc_annealed", "draws noise 2 times"),
         (EarlyNoise(), "uses its noise before its end"),
         (LateNoise(), "uses its noise before its end"),
