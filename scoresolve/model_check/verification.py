@@ -254,10 +254,10 @@ class _Run:
         try:
             return self.measure(index, log_snr)
         except Exception as error:
+            shape, dtype = tuple(self.data.shape[1:]), self.data.dtype
             error.add_note(
                 f"verify_model was at log-SNR {log_snr:.2f}, level {index + 1}, with points of "
-                f"shape {tuple(self.data.shape[1:])} in {self.data.dtype}, at most {self.chunk} at a "
-                "time"
+                f"shape {shape} in {dtype}, at most {self.chunk} at a time"
             )
             raise
 
