@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from scoresolve.errors import ArgumentError, ShapeError, check_output, nearest_names, real_number
 from scoresolve.grid import Grid
-from scoresolve.guidance.base import Cost, GridAhead, GuidedModel, cost_at, flat, precise
+from scoresolve.guidance.base import Cost, GridAhead, GuidedModel, cost_at, flat
 from scoresolve.models import Model, as_model, combine, conversion
 from scoresolve.sde import SDE, TimeLike, as_time, expand
 
@@ -51,8 +51,7 @@ def classifier_free(
     Args:
         score: the conditional model, a callable `score(x, t, **cond)` or a `Model`.
         sde: the process.
-        scale: w, or a callable that gives w, a number or of the same shape, for times [] or [B]
-            in at least float32.
+        scale: w, or a callable that gives w, a number or of the same shape, for times [] or [B].
         null: what replaces conditions in the unconditional call, as `{"label": 10}`: a number, or
             a tensor that broadcasts to the condition [B, ...]. Of a nested condition it holds the
             parts that are replaced, as `{"added": {"text_embeds": 0.0}}`. A condition
@@ -275,7 +274,7 @@ class _Extrapolated(GuidedModel):
         self, prediction: str, x: Tensor, t: TimeLike, cond: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         """The guided prediction and that of the good model (or twice the only one evaluated)."""
-        time = precise(as_time(t, x))
+        time = as_time(t, x)
         positive = self.conditions.good(cond)
         inside = None if self.interval is None else self._inside(time)
         if self.scale == 1 or (inside is not None and not bool(inside.any())):

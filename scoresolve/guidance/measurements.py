@@ -34,7 +34,6 @@ from scoresolve.guidance.base import (
     cost_at,
     flat,
     positive,
-    precise,
 )
 from scoresolve.guidance.linear import (
     LinearMap,
@@ -343,7 +342,7 @@ class _Posterior(CleanModel):
                 raise ArgumentError(_NO_GRADIENT)
             return ratio * product
 
-        noise, now = self.measurement.noise_std**2, precise(as_time(t, x))
+        noise, now = self.measurement.noise_std**2, as_time(t, x)
         u = self.weigh(_Point(x0, tangent, residual, noise, now, alpha, sigma, covary))
         return x0 + covary(u)
 
