@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -183,6 +184,10 @@ def test_null_broadcasts_to_embeddings_and_passes_other_values_through():
     for batched in (False, True):
         model = guidance.classifier_free(net, sde, 3.0, {"text": null}, batched=batched)
         close(model(x, t, text=text, mode="a"), 3 * net(x, t, text) - 2 * x)
+    without = guidance.classifier_free(
+        lambda x, t, y: x if y is None else 2 * x, sde, 3.0, {"y": None}
+    )
+    close(without(x, t, y=text), 4 * x)
     modes = guidance.classifier_free(net, sde, 3.0, {"text": null, "mode": "b"})
     modes(x, t, text=text, mode="a")
     assert seen[0] == seen[1] == ((4, 2, 5), "a")
@@ -472,6 +477,8 @@ def test_one_call_is_made_where_all_that_has_the_rows_of_the_batch_differs():
     assert calls == [(8, 8, 3, 0)]
     model(x, 0.4, added=[x], table=torch.ones(4, 2), size=size)
     assert calls[1:] == [(4, 4, 4, 0)] * 2
+    model(x, 0.4, added=[x], table=table, size=np.float32(2))  # might have been an array [B]
+    assert calls[3:] == [(4, 4, 3, 0)] * 2
 
 
 def test_a_scale_is_not_rounded_to_the_dtype_of_the_time():

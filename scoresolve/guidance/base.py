@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from scoresolve.errors import ArgumentError, GridError, real_number
 from scoresolve.grid import Grid, as_grid
 from scoresolve.models import Model, as_model, combine, conversion
-from scoresolve.plans import Call, Plan
+from scoresolve.plans import Call, Plan, check_state
 from scoresolve.sde import SDE, GaussianSDE, TimeLike, as_time
 
 __all__ = [
@@ -76,7 +76,12 @@ class GuidedModel(Model):
         """What one call at time `t` costs, at most."""
 
     def settled(self, x: Tensor, t: TimeLike) -> Tensor:
-        """`t`, but no later than where alpha^2 / sigma^2 is the precision of `x`."""
+        """`t`, but no later than where alpha^2 / sigma^2 is the precision of `x`.
+
+        Raises:
+            ArgumentError, ShapeError: `x` is no floating-point batch [B, *event].
+        """
+        check_state(x)
         if x.dtype not in self._latest:
             precision = min(torch.finfo(x.dtype).eps, torch.finfo(torch.float32).eps)
             log_snr = torch.tensor(math.log(precision), dtype=torch.float64)

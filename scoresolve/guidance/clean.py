@@ -46,7 +46,7 @@ def clip_x0(
         section 2.3, "static thresholding".
     """
     for name, end in (("low", low), ("high", high)):
-        if end not in (-math.inf, math.inf):
+        if not (isinstance(end, float) and math.isinf(end)):
             real_number(name, end)
     if not low < high:
         raise ArgumentError(f"low = {low}, high = {high}: need low < high")

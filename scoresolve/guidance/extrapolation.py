@@ -52,8 +52,8 @@ def classifier_free(
         score: the conditional model, a callable `score(x, t, **cond)` or a `Model`.
         sde: the process.
         scale: w, or a callable that gives w, a number or of the same shape, for times [] or [B].
-        null: what replaces conditions in the unconditional call, as `{"label": 10}`: a number, or
-            a tensor that broadcasts to the condition [B, ...]. Of a nested condition it holds the
+        null: what replaces conditions in the unconditional call, as `{"label": 10}`: a number, a
+            tensor that broadcasts to the condition [B, ...], or None. Of a nested condition it holds the
             parts that are replaced, as `{"added": {"text_embeds": 0.0}}`. A condition
             `negative_label=` given to a verb, split with the batch as any other, takes its place.
             Or another model, which is called without conditions.
@@ -335,7 +335,7 @@ class _Extrapolated(GuidedModel):
             leaves = []
             for a, b in zip(pairs[0], other[0], strict=True):
                 per_row = _rows(a, batch) and _rows(b, batch)
-                if per_row and a is b:
+                if a is b and (per_row or not isinstance(a, _PLAIN)):
                     return None
                 if per_row and _alike(a, b):
                     leaves.append(torch.cat([a, b]))
@@ -347,6 +347,7 @@ class _Extrapolated(GuidedModel):
         return result
 
 
+_PLAIN = (Tensor, str, int, float, type(None))  # anything else may hold rows of its own
 _NOT_JOINED = (
     "the condition {!r} has no batch axis to join in one call: give tensors [B, ...] of one shape "
     "and dtype to both evaluations, or leave out batched="
@@ -358,9 +359,10 @@ def _rows(value: Any, batch: int) -> bool:
 
 
 def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a is b or (_alike(a, b) and torch.equal(a, b))
-    return a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and bool(a == b))
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        tensors = isinstance(a, Tensor) and isinstance(b, Tensor)
+        return a is b or (tensors and _alike(a, b) and torch.equal(a, b))
+    return isinstance(a, _PLAIN) and isinstance(b, _PLAIN) and a == b
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
@@ -370,7 +372,8 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 def _filled(name: str, value: Any, like: Any, x: Tensor) -> Any:
     """`value` broadcast to the condition `like`, leaf by leaf.
 
-    A number is broadcast to any tensor, a tensor to those over the batch; else it is passed on.
+    A number is broadcast to any tensor, a tensor to those over the batch; None and what stands for
+    no tensor is passed on.
     """
     if isinstance(value, Mapping) and isinstance(like, Mapping):
         strays = [key for key in value if key not in like]
@@ -385,7 +388,7 @@ def _filled(name: str, value: Any, like: Any, x: Tensor) -> Any:
     if type(value) in (list, tuple) and type(like) is type(value) and len(like) == len(value):
         parts = enumerate(zip(value, like, strict=True))
         return type(value)(_filled(f"{name}[{i}]", *pair, x) for i, pair in parts)
-    if not isinstance(like, Tensor):
+    if value is None or not isinstance(like, Tensor):
         return value
     per_row = bool(like.ndim) and like.shape[0] == x.shape[0]
     if isinstance(value, Tensor) and not per_row:
@@ -417,7 +420,7 @@ def _filled(name: str, value: Any, like: Any, x: Tensor) -> Any:
 
 def _spread(m: Tensor) -> Tensor:
     """Standard deviation over the event, [B]."""
-    return flat(m).std(1, correction=0)
+    return flat(m).std(1, correction=0) if m.numel() else m.new_zeros(m.shape[:1])
 
 
 def _interval(interval: Interval) -> Interval:

@@ -330,5 +330,7 @@ def _event(back: Tensor, x: Tensor) -> Tensor:
 def _check_finite(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise ArgumentError(f"{name} is {type(value).__name__}: give a tensor")
+    if value.is_meta:
+        raise ArgumentError(f"{name} is on the meta device, without numbers: give a real tensor")
     if not bool(torch.isfinite(value).all()):
         raise ArgumentError(f"{name} is not finite everywhere: give finite numbers")
