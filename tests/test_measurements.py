@@ -189,6 +189,14 @@ def posterior(operator: object, y: Tensor = Y, adjoint: object = None) -> Tensor
     return guidance.mmps(INNER, SDE, Measurement(operator, 0.5, y, adjoint))(x, 0.5)
 
 
+def test_a_first_call_of_one_row_does_not_hide_an_operator_that_mixes_rows():
+    model = guidance.mmps(INNER, SDE, Measurement(lambda x: x - x.mean(0), 0.5, Y))
+    x = normal(generator(2), 3, SIZE)
+    model(x[:1], 0.5)
+    with pytest.raises(ArgumentError, match="mixes the samples"):
+        model(x, 0.5)
+
+
 @pytest.mark.parametrize(
     ("build", "error", "message"),
     [

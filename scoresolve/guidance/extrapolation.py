@@ -53,8 +53,8 @@ def classifier_free(
         sde: the process.
         scale: w, or a callable that gives w, a number or of the same shape, for times [] or [B].
         null: what replaces conditions in the unconditional call, as `{"label": 10}`: a number, a
-            tensor that broadcasts to the condition [B, ...], or None. Of a nested condition it holds the
-            parts that are replaced, as `{"added": {"text_embeds": 0.0}}`. A condition
+            tensor that broadcasts to the condition [B, ...], or None. Of a nested condition it
+            holds the parts that are replaced, as `{"added": {"text_embeds": 0.0}}`. A condition
             `negative_label=` given to a verb, split with the batch as any other, takes its place.
             Or another model, which is called without conditions.
         interval: (low, high); where sigma/alpha is not in (low, high] the model is conditional.
@@ -286,7 +286,8 @@ class _Extrapolated(GuidedModel):
         good, other = self._both(prediction, x, t, positive, self.conditions.other(cond, x))
         w = self._weight(time)
         if inside is not None:
-            w = torch.where(inside, w.to(time.device), 1.0)
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            w = torch.where(inside, w.to(time.device, dtype), 1.0)
         return combine(w, good, 1 - w, other, time), good
 
     def _weight(self, time: Tensor) -> Tensor:
