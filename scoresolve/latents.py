@@ -53,7 +53,11 @@ def noised(
     """
     if not isinstance(sde, GaussianSDE):
         raise ArgumentError(f"{sde} has no alpha and sigma: noising needs a Gaussian process")
+    if not isinstance(x0, Tensor) or not x0.is_floating_point() or not x0.ndim:
+        kind = f"{x0.dtype} of shape {tuple(x0.shape)}" if isinstance(x0, Tensor) else type(x0)
+        raise ArgumentError(f"x0 is {kind}: give a floating-point tensor [B, *event]")
     time = as_time(t, x0)
+    time = time.to(torch.promote_types(time.dtype, torch.float32))
     if time.ndim > 1 or (time.ndim == 1 and time.shape != x0.shape[:1]):
         raise ShapeError(
             f"t of shape {tuple(time.shape)} for x0 of shape {tuple(x0.shape)}: "
@@ -82,7 +86,7 @@ def slerp(a: Tensor, b: Tensor, fractions: float | Sequence[float] | Tensor) -> 
 
     Raises:
         ShapeError: `a` and `b` differ in shape or have no batch axis, or `fractions` is not [N].
-        ArgumentError: `a` or `b` is not floating point.
+        ArgumentError: `a` or `b` is not floating point, or a fraction not finite.
 
     Source:
         Shoemake 1985, "Animating rotation with quaternion curves", section 3.3; the angle as in
@@ -95,10 +99,14 @@ def slerp(a: Tensor, b: Tensor, fractions: float | Sequence[float] | Tensor) -> 
         )
     if not (a.is_floating_point() and b.is_floating_point()):
         raise ArgumentError(f"latents are {a.dtype} and {b.dtype}: give floating-point tensors")
-    share = torch.as_tensor(fractions, dtype=a.dtype, device=a.device)
+    dtype, work = a.dtype, torch.promote_types(a.dtype, torch.float32)
+    a, b = a.to(work), b.to(a.device, work)
+    share = torch.as_tensor(fractions, dtype=work, device=a.device)
+    if not bool(torch.isfinite(share).all()):
+        raise ArgumentError("fractions are not finite: give numbers, from 0 for a to 1 for b")
     if share.ndim > 1:
         raise ShapeError(f"fractions of shape {tuple(share.shape)}: give a number or [N]")
-    rows, ends = a.reshape(a.shape[0], -1), b.to(a).reshape(b.shape[0], -1)
+    rows, ends = (x.reshape(len(x), x.shape[1:].numel()) for x in (a, b))
     u, v = (torch.nn.functional.normalize(row, dim=1) for row in (rows, ends))
     theta = 2 * torch.atan2((u - v).norm(dim=1), (u + v).norm(dim=1))
     sine = theta.sin()
@@ -108,4 +116,4 @@ def slerp(a: Tensor, b: Tensor, fractions: float | Sequence[float] | Tensor) -> 
     first, second = (
         torch.where(curved, (f * theta).sin() / scale, f)[..., None] for f in (1 - share, share)
     )
-    return (first * rows + second * ends).reshape(*share.shape[:-1], *a.shape)
+    return (first * rows + second * ends).reshape(*share.shape[:-1], *a.shape).to(dtype)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from scoresolve.errors import ScoresolveError, real_number, whole_number
+from scoresolve.errors import ArgumentError, ScoresolveError, real_number, whole_number
 
 __all__ = ["Training", "seeded"]
 
@@ -50,7 +50,8 @@ class Training:
         step: steps taken.
 
     Raises:
-        ArgumentError: a number is out of range.
+        ArgumentError: a number is out of range, or the network has no parameters, or some of less
+            precision than float32, in which small steps and averages are rounded away.
 
     Source:
         Loshchilov and Hutter 2019 (1711.05101), AdamW and the cosine; Song and Ermon 2020
@@ -70,6 +71,7 @@ class Training:
         averaging: float = 0.999,
         clip: float = 1.0,
     ) -> None:
+        _check(network, loss)
         self.network, self.loss = network.train(), loss
         self.steps, self.seed, self.step = whole_number("steps", steps), seed, 0
         whole_number("seed", seed, 0)
@@ -93,13 +95,20 @@ class Training:
         """Takes one step of the optimiser and returns its loss, [].
 
         Raises:
+            ArgumentError: the loss is not one number that hangs on the network.
             ScoresolveError: the gradient is not finite; the weights are those of the step before.
         """
         for group in self.optimiser.param_groups:
             group["lr"] = self.rate()
         self.optimiser.zero_grad()
         with seeded(self.seed, self.step):
-            loss = self.loss(self.network, self.step)
+            loss: object = self.loss(self.network, self.step)
+            if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+                what = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+                raise ArgumentError(
+                    f"the loss of step {self.step} is {what}: return one number, [], with a graph "
+                    "to the network (the mean of an objective's [B])"
+                )
             loss.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.clip)
         if not math.isfinite(norm):
@@ -170,6 +179,22 @@ class Training:
         self.network.load_state_dict(state["network"])
         self.average.load_state_dict(state["average"])
         self.optimiser.load_state_dict(state["optimiser"])
+
+
+def _check(network: nn.Module, loss: Loss) -> None:
+    if not isinstance(network, nn.Module) or not callable(loss):
+        raise ArgumentError(
+            f"network is {type(network).__name__} and loss {type(loss).__name__}: give a module "
+            "and a callable loss(network, step)"
+        )
+    if not any(p.requires_grad for p in network.parameters()):
+        raise ArgumentError("the network has no parameters to train")
+    for p in network.parameters():
+        if p.is_floating_point() and torch.finfo(p.dtype).eps > torch.finfo(torch.float32).eps:
+            raise ArgumentError(
+                f"the network has parameters in {p.dtype}, in which small steps and averages are "
+                "rounded away: train in float32, with torch.autocast in the loss"
+            )
 
 
 @contextmanager

@@ -317,3 +317,28 @@ def test_command_trains_stops_and_resumes(tmp_path: Path, monkeypatch: pytest.Mo
     ours, theirs = load_file(whole), load_file(parts)
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert isinstance(load_network(whole), DigitsNet)
+
+
+def test_what_is_no_grey_level_has_none() -> None:
+    """The integer of a NaN hangs on the machine."""
+    x = torch.full((1, 1, 8, 8), torch.nan)
+    with pytest.raises(ArgumentError, match="NaN"):
+        to_levels(x)
+    assert int(to_image(x, 1).max()) == 0
+    for level in (-1, 17):
+        with pytest.raises(ArgumentError, match=r"0\.\.16"):
+            to_unit(torch.tensor([0, level]))
+    with pytest.raises(ArgumentError, match="classes as integers"):
+        load_network()(torch.zeros(1, 1, 8, 8), 1.0, torch.zeros(1))
+
+
+def test_half_precision_does_not_round_the_noise_level() -> None:
+    """In bfloat16 17.3 would be 17.25, for which the exact answer is another."""
+    low, full = load_network(dtype=torch.bfloat16), load_network()
+    seen = list[float]()
+    low.condition.register_forward_hook(lambda _, given, __: seen.append(float(given[0][0])))
+    full.condition.register_forward_hook(lambda _, given, __: seen.append(float(given[0][0])))
+    x = torch.zeros(1, 1, 8, 8)
+    found, expected = low(x.bfloat16(), 17.3), full(x, 17.3)
+    assert seen[0] == seen[1] and found.dtype is torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, rtol=0, atol=0.02)

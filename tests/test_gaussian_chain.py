@@ -15,7 +15,7 @@ from torch import Tensor
 
 import scoresolve as ss
 from scoresolve.chains import DiffusionChain
-from scoresolve.errors import ArgumentError, UnknownNameError
+from scoresolve.errors import ArgumentError, ShapeError, UnknownNameError
 from scoresolve.sde import (
     constant_betas,
     cosine_betas,
@@ -309,3 +309,25 @@ def test_bad_input_is_refused() -> None:
         chain.plan("betta")
     with pytest.raises(UnknownNameError, match="variance"):
         chain.reverse(torch.zeros_like, x, 1, "forward")
+
+
+def test_half_precision_paths_are_those_of_float32() -> None:
+    """sqrt(1 - 1e-3) is 1 in bfloat16: 2000 such steps would end with the variance 2, not 1."""
+    chain, x0 = DiffusionChain([1e-3] * 2000), torch.zeros(200, 4)
+    *_, low = chain.forward(x0.bfloat16())
+    *_, full = chain.forward(x0)
+    assert low.dtype is torch.bfloat16
+    torch.testing.assert_close(low.float(), full, rtol=2**-8, atol=0)
+
+
+def test_states_that_would_be_cut_or_broadcast_are_refused() -> None:
+    chain, x = DiffusionChain([0.1, 0.2]), torch.ones(3, 2)
+    for call in (
+        lambda: list(chain.forward(x.long())),
+        lambda: chain.step(x.long(), 1),
+        lambda: chain.marginal(x.long(), 1),
+        lambda: chain.posterior(x, x[:1], 1),
+        lambda: chain.reverse(lambda x, t: -x, x.long(), 1),
+    ):
+        with pytest.raises((ArgumentError, ShapeError)):
+            call()

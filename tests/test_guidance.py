@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -183,6 +184,10 @@ def test_null_broadcasts_to_embeddings_and_passes_other_values_through():
     for batched in (False, True):
         model = guidance.classifier_free(net, sde, 3.0, {"text": null}, batched=batched)
         close(model(x, t, text=text, mode="a"), 3 * net(x, t, text) - 2 * x)
+    without = guidance.classifier_free(
+        lambda x, t, y: x if y is None else 2 * x, sde, 3.0, {"y": None}
+    )
+    close(without(x, t, y=text), 4 * x)
     modes = guidance.classifier_free(net, sde, 3.0, {"text": null, "mode": "b"})
     modes(x, t, text=text, mode="a")
     assert seen[0] == seen[1] == ((4, 2, 5), "a")
@@ -435,11 +440,113 @@ def test_solvers_get_the_prediction_that_the_network_makes():
         assert plan.nfe == sum(isinstance(stage, Call) for stage in plan.stages)
 
 
+def nested(x: Tensor, t: Tensor, added: dict[str, Tensor], table: Tensor, mode: str) -> Tensor:
+    """Conditions as SDXL nests them, and a table for all rows that is summed over."""
+    shift = added["text"].mean(1) + added["ids"].sum(1) + table.sum()
+    return torch.tanh(x + (1 if mode == "a" else 2) * shift[:, None])
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("rows", [2, 4])  # of the table: 4 as the batch, by accident
+def test_nested_conditions_follow_their_samples_and_shared_ones_are_not_doubled(batched, rows):
+    rng, sde = generator(5), VP()
+    added = {"text": normal(rng, 4, 5), "ids": normal(rng, 4, 6)}
+    table, x, t = normal(rng, rows, 2), states(sde), torch.tensor(0.4)
+    null = {"added": {"text": 0.0}}
+    model = guidance.classifier_free(nested, sde, 3.0, null, batched=batched)
+    cond = {"table": table, "mode": "a"}
+    bare = {**added, "text": torch.zeros(4, 5, dtype=torch.float64)}
+    expected = 3 * nested(x, t, added, **cond) - 2 * nested(x, t, bare, **cond)
+    close(model(x, t, added=added, **cond), expected)
+    other = {"text": normal(rng, 4, 5), "ids": normal(rng, 4, 6)}
+    by_hand = 3 * nested(x, t, added, **cond) - 2 * nested(x, t, other, **cond)
+    close(model(x, t, added=added, negative_added=other, **cond), by_hand)
+
+
+def test_one_call_is_made_where_all_that_has_the_rows_of_the_batch_differs():
+    calls = []
+
+    def net(x: Tensor, t: Tensor, added: list[Tensor], table: Tensor, size: Tensor) -> Tensor:
+        calls.append((len(x), len(added[0]), len(table), size.ndim))
+        return x + added[0] + table.sum() + size
+
+    sde, x = VP(), states(VP())
+    model = guidance.classifier_free(net, sde, 3.0, {"added": [0.0]}, batched=True)
+    table, size = torch.ones(3, 2), torch.tensor(2.0)
+    close(model(x, 0.4, added=[x], table=table, size=size), x + 3 * x + 8)
+    assert calls == [(8, 8, 3, 0)]
+    model(x, 0.4, added=[x], table=torch.ones(4, 2), size=size)
+    assert calls[1:] == [(4, 4, 4, 0)] * 2
+    model(x, 0.4, added=[x], table=table, size=np.float32(2))  # might have been an array [B]
+    assert calls[3:] == [(4, 4, 3, 0)] * 2
+
+
+def test_a_scale_is_not_rounded_to_the_dtype_of_the_time():
+    sde, x = VP(), states(VP())
+    good, weak = from_x0(lambda x, t: x, sde), from_x0(lambda x, t: -x, sde)
+    for dtype in (torch.float32, torch.bfloat16):
+        t = torch.full((4,), 0.5, dtype=dtype)
+        for scale in (7.3, lambda t: 7.3):
+            model = guidance.autoguidance(good, sde, weak, scale)
+            close(model.predict("x0", x, t), 13.6 * x, 1e-12, 0.0)
+
+
+def test_a_classifier_may_write_into_its_input_and_be_of_another_dtype():
+    net = torch.nn.Sequential(
+        torch.nn.ReLU(inplace=True), torch.nn.Linear(D, 1), torch.nn.Flatten(0)
+    )
+    with torch.no_grad():
+        net[1].weight.fill_(0.5)
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.net(x)
+
+    sde, x = VP(), states(VP())
+    before = x.clone()
+    score = from_x0(lambda x, t: 0.5 * x, sde)
+    found = guidance.classifier(score, sde, Net(), 3.0)(x, 0.4)
+    close(found.detach(), score(before, 0.4) + 1.5 * (before > 0), 1e-6, 1e-6)
+    assert torch.equal(x, before)
+
+
+def test_times_too_coarse_for_the_grid_are_refused():
+    """In bfloat16 999 is 1000, another time of the grid."""
+    sde = ss.DiscreteVP((1 - ss.sde.linear_betas(1000)).cumprod(0))
+    net = from_eps(lambda x, t: x, sde)
+    model = guidance.cfg_plus_plus(net, sde, [float(t) for t in range(1000, 0, -1)], 0.6, net)
+    x = states(VP())
+    assert model.predict("x0", x, torch.tensor(999.0)).isfinite().all()
+    with pytest.raises(GridError, match="give them in float32"):
+        model.predict("x0", x, torch.tensor(999.0, dtype=torch.bfloat16))
+
+
+def test_an_empty_batch_stays_empty():
+    sde, x = VP(), torch.zeros(0, 2, 3)
+    net = from_eps(lambda x, t, label: torch.tanh(x), sde)
+    for model in (
+        guidance.classifier_free(net, sde, 2.0, {"label": 2}, rescale=0.5, batched=True),
+        guidance.dynamic_threshold(net, sde),
+    ):
+        found = model.predict("x0", x, torch.zeros(0), label=torch.zeros(0).long())
+        assert found.shape == x.shape
+
+
 SDE = VP()
 NET = Counted(SDE)
 CUSTOM = ss.solvers.PredictorCorrector(
     ss.solvers.DDIM(), ss.solvers.KernelCorrector(ss.kernels.ULA(0.05))
 )
+NULL = {"label": 2}
+
+
+def asked(null: object, scale: object = 2.0, **cond: Tensor) -> Tensor:
+    model = guidance.classifier_free(NET, SDE, scale, null)
+    return model(states(SDE), 0.4, label=LABEL, **cond)
 
 
 @pytest.mark.parametrize(
@@ -488,6 +595,32 @@ CUSTOM = ss.solvers.PredictorCorrector(
         (lambda: guidance.cfg_plus_plus(NET, SDE, [0.3, 0.5, 0.1], 0.5, NET), GridError, "monoton"),
         (lambda: guidance.cfg_plus_plus(NET, SDE, [0.1, 0.5], 0.5, NET), GridError, "decreasing"),
         (lambda: guidance.classifier(NET, SDE, len, math.inf), ArgumentError, "scale"),
+        (lambda: guidance.classifier_free(NET, SDE, "7.5", NULL), ArgumentError, "scale"),
+        (lambda: guidance.classifier_free(NET, None, 2.0, NULL), ArgumentError, "sde is None"),
+        (lambda: guidance.classifier_free(SDE, NET, 2.0, NULL), ArgumentError, "sde is Counted"),
+        (lambda: guidance.classifier_free(NET, SDE, 2.0, NULL, 0.3), ArgumentError, "interval"),
+        (lambda: guidance.classifier_free(NET, SDE, 2.0, "null"), ArgumentError, "callable score"),
+        (lambda: asked({"label": 2.5}), ArgumentError, "whole numbers"),
+        (lambda: asked({"label": "none"}), ArgumentError, "number or tensor"),
+        (lambda: asked({"lable": 2}), ArgumentError, "is label= meant"),
+        (lambda: asked(NULL, negative_lable=LABEL), ArgumentError, "is label= meant"),
+        (lambda: asked(NET.models[0], negative_label=LABEL), ArgumentError, "replaces nothing"),
+        (
+            lambda: asked(NULL, scale=lambda t: torch.ones(4)),
+            ShapeError,
+            "one for each time",
+        ),
+        (lambda: asked(NULL, scale=lambda t: math.nan), ArgumentError, "scale = nan"),
+        (lambda: guidance.classifier(NET, SDE, len, shared="size"), ArgumentError, "sequence"),
+        (lambda: guidance.classifier(NET, SDE, 2.0), ArgumentError, "log_prob is float"),
+        (
+            lambda: guidance.classifier(NET.models[0], SDE, lambda x, t: x.detach().sum(1))(
+                states(SDE), 0.4
+            ),
+            ArgumentError,
+            "no gradient in x",
+        ),
+        (lambda: guidance.clip_x0(NET, SDE, "low", 1.0), ArgumentError, "low"),
         (lambda: guidance.clip_x0(NET, SDE, 1.0, -1.0), ArgumentError, "low < high"),
         (lambda: guidance.dynamic_threshold(NET, SDE, 1.2), ArgumentError, "quantile"),
         (lambda: guidance.dynamic_threshold(NET, SDE, bound=0.0), ArgumentError, "bound"),

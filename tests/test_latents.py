@@ -118,3 +118,24 @@ X = torch.ones(2, 3)
 def test_bad_input_is_refused_in_one_sentence(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_half_precision_is_rounded_once_at_the_end() -> None:
+    """A fraction of .3 is .30078 in bfloat16, and an angle has two digits."""
+    a, b = normal(generator(0), 4, 64).bfloat16(), normal(generator(1), 4, 64).bfloat16()
+    found = slerp(a, b, [0.3, 0.9])
+    assert found.dtype is torch.bfloat16
+    torch.testing.assert_close(found, slerp(a.double(), b.double(), [0.3, 0.9]).bfloat16())
+
+
+def test_what_is_no_state_or_fraction_is_refused() -> None:
+    x = torch.ones(3, 2)
+    for call in (
+        lambda: noised(VP(), x.long(), 0.5),
+        lambda: noised(VP(), 1.0, 0.5),
+        lambda: noised(VP(), x, float("nan")),
+        lambda: slerp(x, x, float("nan")),
+    ):
+        with pytest.raises(ArgumentError):
+            call()
+    assert slerp(x[:0], x[:0], [0.1, 0.2]).shape == (2, 0, 2)

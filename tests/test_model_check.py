@@ -88,3 +88,64 @@ def test_bad_input_is_refused() -> None:
         check_model(score, ss.VP(), DATA[:1])
     with pytest.raises(ArgumentError, match="not Gaussian"):
         check_model(lambda x, t: -x, ss.Langevin(lambda x: -x), DATA)  # type: ignore[arg-type]
+
+
+BAD = {
+    "not finite at t": lambda m, x, t: torch.where(t[:, None] > 0.3, torch.nan, m),
+    "denoises as declared": lambda m, x, t: (m, x.zero_())[0],
+}
+
+
+@pytest.mark.parametrize("verdict", BAD)
+def test_networks_that_break_or_write_into_their_input_get_the_right_verdict(verdict: str) -> None:
+    sde = ss.VP()
+    eps = exact("eps", sde)
+    network = ss.from_eps(lambda x, t: BAD[verdict](eps(x.clone(), t), x, t), sde)
+    report = check_model(network, sde, DATA)
+    assert verdict in report.verdict and report.ok == (verdict == "denoises as declared")
+
+
+def test_a_model_of_another_process_is_read_in_its_own() -> None:
+    for real in ("x0", "eps"):
+        network = ss.from_denoiser(exact(real, ss.EDM()))
+        report = check_model(network, ss.VP(), DATA)
+        assert report.declared.prediction == "x0" and report.ok == (real == "x0")
+        assert report.best.prediction == real
+        assert all(0 < t < 1 for t, _ in report.levels)
+
+
+def test_half_precision_is_no_error_of_the_network() -> None:
+    """Far data, on which the arithmetic of bfloat16 is off by more than the noise at the ends."""
+    sde, seen = ss.VP(), set[torch.dtype]()
+    law = ss.GaussianMixture([1.0], torch.full((1, 2), 4.0), 0.5)
+    score = law.score_model(sde)
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        seen.add(t.dtype)
+        return score.predict("eps", x.double(), t.double()).to(x)
+
+    data = law.sample(64).bfloat16()
+    assert check_model(ss.from_eps(network, sde), sde, data).ok
+    assert seen == {torch.float32}
+
+
+def test_what_a_network_raises_keeps_its_type_and_says_where() -> None:
+    sde = ss.VP()
+    eps = exact("eps", sde)
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        return eps(x, t) if float(t[0].detach()) < 0.3 else {}[0]
+
+    for check in (ss.check_model, ss.verify_model):
+        with pytest.raises(KeyError) as caught:
+            check(ss.from_eps(network, sde), sde, DATA)
+        assert "level" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize(
+    ("data", "levels"),
+    [(DATA * torch.nan, 8), (DATA[:1].expand(9, 2), 8), (DATA.tolist(), 8), (DATA, 0)],
+)
+def test_data_and_levels_that_tell_nothing_are_refused(data: Tensor, levels: int) -> None:
+    with pytest.raises(ArgumentError):
+        check_model(exact("score", ss.VP()), ss.VP(), data, levels=levels)

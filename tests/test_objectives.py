@@ -481,3 +481,74 @@ def test_negatives_of_replicas_are_one_for_each_start() -> None:
 def test_integers_have_no_score() -> None:
     with pytest.raises(ArgumentError):
         implicit_score_matching(lambda x: -x, torch.zeros(3, 2, dtype=torch.int64))
+
+
+# What comes in other forms
+
+
+def overwriting(value: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The same function, which leaves zeros in its input."""
+
+    def function(x: Tensor) -> Tensor:
+        found = value(x.clone())
+        x.mul_(0)
+        return found
+
+    return function
+
+
+def test_networks_that_write_into_their_input_change_nothing() -> None:
+    x = normal(generator(0), 6, 2)
+    score, energy = lambda y: -y.sin(), lambda y: y.cos().sum(1)
+    kept = x.clone()
+    for objective, function in (
+        (implicit_score_matching, score),
+        (sliced_score_matching, score),
+        (contrastive_divergence, energy),
+    ):
+        expected = objective(function, x, seed=3)
+        torch.testing.assert_close(objective(overwriting(function), x, seed=3), expected)
+        assert torch.equal(x, kept)
+
+
+@pytest.mark.parametrize("law", laws(ss.EDM(0.02, 10.0)), ids=lambda law: type(law).__name__)
+def test_times_are_drawn_in_the_precision_of_the_state_and_at_least_float32(law: TimeLaw) -> None:
+    exact = law.draw(Philox(1), torch.empty(50, 2, dtype=F64), even=True)
+    assert exact.dtype is F64
+    for dtype in (torch.float32, torch.bfloat16):
+        drawn = law.draw(Philox(1), torch.empty(50, 2, dtype=dtype), even=True)
+        assert drawn.dtype is torch.float32
+        torch.testing.assert_close(drawn.double(), exact, rtol=1e-4, atol=1e-6)
+    assert law.draw(Philox(1), torch.empty(0, 2), even=True).shape == (0,)
+
+
+VP, X0 = ss.VP(), torch.zeros(3, 2)
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "message"),
+    [
+        (lambda: denoising_score_matching(None, VP, X0), ArgumentError, "score is None"),
+        (lambda: denoising_score_matching(torch.neg, None, X0), ArgumentError, "None has no"),
+        (lambda: matched(times=LogNormalTimes(ss.EDM())), ArgumentError, "times of EDM"),
+        (lambda: matched(proposal=UniformTimes(ss.CosineVP())), ArgumentError, "times of Cos"),
+        (lambda: matched(times="uniform"), ArgumentError, "give a TimeLaw"),
+        (lambda: matched(weighting=3.0), ArgumentError, "weighting is float"),
+        (lambda: matched(weighting=lambda t: t[:, None]), ShapeError, r"give \[B\]"),
+        (lambda: matched(X0.long()), ArgumentError, "int64"),
+        (lambda: matched(X0 + 0j), ArgumentError, "complex"),
+        (lambda: LogNormalTimes(VP, mean=60.0), ArgumentError, "give a mean within"),
+        (lambda: UniformTimes(VP, "0.1"), ArgumentError, "low = '0.1'"),
+        (lambda: UniformTimes(VP, math.nan), ArgumentError, "low = nan"),
+        (lambda: negatives(torch.sum, X0.long()), ArgumentError, "int64"),
+    ],
+)
+def test_what_cannot_be_an_objective_is_refused(
+    build: Callable[..., object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        build()
+
+
+def matched(x0: Tensor = X0, **options: object) -> Tensor:
+    return denoising_score_matching(lambda x, t: -x, VP, x0, **options)

@@ -196,3 +196,21 @@ def test_a_small_network_learns_the_score_of_a_gaussian() -> None:
 def test_numbers_out_of_range_are_refused(options: dict[str, float], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         Training(network(), loss, **{"steps": 3, **options})  # type: ignore[arg-type]
+
+
+def test_half_precision_weights_and_losses_that_are_no_number_are_refused() -> None:
+    with pytest.raises(ArgumentError, match="train in float32"):
+        Training(network().bfloat16(), loss, 5)
+    with pytest.raises(ArgumentError, match="no parameters"):
+        Training(nn.ReLU(), loss, 5)
+    with pytest.raises(ArgumentError, match="give a module"):
+        Training(loss, network(), 5)
+    for bad in (
+        lambda net, step: net(torch.ones(3, 2)).sum(1),
+        lambda net, step: net(torch.ones(3, 2)).sum().detach(),
+        lambda net, step: 0.0,
+    ):
+        training = Training(network(), bad, 5)
+        with pytest.raises(ArgumentError, match="return one number"):
+            training.advance()
+        assert training.step == 0

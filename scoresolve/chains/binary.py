@@ -14,6 +14,7 @@ Where x_0 can be drawn from its joint law given x_t, drawing it first makes the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -90,9 +91,10 @@ class BinaryChain:
         Raises:
             ShapeError, ArgumentError: `p` has another shape or is no probability.
         """
-        if p.shape != x.shape:
+        if not isinstance(p, Tensor) or p.shape != x.shape:
+            what = tuple(p.shape) if isinstance(p, Tensor) else type(p).__name__
             raise ShapeError(
-                f"the predictor returned {tuple(p.shape)} for x of shape {tuple(x.shape)}: "
+                f"the predictor returned {what} for x of shape {tuple(x.shape)}: "
                 "return one probability for each bit"
             )
         if not bool(((p >= 0) & (p <= 1)).all()):
@@ -115,8 +117,8 @@ class BinaryChain:
         """A path x_T, ..., x_0 of the reverse chain, from fair coins.
 
         Args:
-            predictor: of p(x_0 = 1 | x_t); or the law of the data, whose joint reverse chain is
-                exact if the last beta is 1, and else but for its start.
+            predictor: of p(x_0 = 1 | x_t), which gets a copy of x_t; or the law of the data, whose
+                joint reverse chain is exact if the last beta is 1, and else but for its start.
             shape: [B, *event].
             seed: sample i depends on it and on i alone.
         """
@@ -128,7 +130,7 @@ class BinaryChain:
             if isinstance(predictor, BinaryLaw):
                 p = self.posterior(x, predictor.draw(x, self.keep(t), noise, t), t)
             else:
-                p = self.reverse(x, predictor(x, t), t)
+                p = self.reverse(x, predictor(x.clone(), t), t)
             x = (noise.uniform(p, t, Purpose.SOLVER) < p).double()
             yield x
 
@@ -141,4 +143,8 @@ class BinaryChain:
 
     def predictor(self, law: BinaryLaw) -> Predictor:
         """p(x_0 = 1 | x_t) of data of that law, exactly."""
-        return lambda x, t: law.predict(x, self.keep(t))
+        return partial(_predicted, law, self)
+
+
+def _predicted(law: BinaryLaw, chain: BinaryChain, x: Tensor, t: int) -> Tensor:
+    return law.predict(x, chain.keep(t))

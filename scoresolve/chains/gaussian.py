@@ -19,10 +19,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from scoresolve.errors import ArgumentError, known_name, whole_number
+from scoresolve.errors import ArgumentError, ShapeError, known_name, whole_number
 from scoresolve.models import Model, as_model
 from scoresolve.noise import Philox, Purpose
-from scoresolve.plans import Plan, trace
+from scoresolve.plans import Plan, check_state, trace
 from scoresolve.sde import DiscreteVP, VariancePreserving, sampled_betas
 from scoresolve.solvers import DDPM
 
@@ -73,11 +73,13 @@ class DiffusionChain:
 
     def step(self, x: Tensor, t: int) -> tuple[Tensor, Tensor]:
         """Mean, shape of `x`, and standard deviation [] of q(x_t | x_{t-1} = `x`), t in 1..T."""
+        check_state(x)
         beta = self.betas[whole_number("t", t, 1, self.T) - 1]
         return (1 - beta).sqrt().to(x) * x, beta.sqrt().to(x)
 
     def marginal(self, x0: Tensor, t: int) -> tuple[Tensor, Tensor]:
         """Mean, shape of `x0`, and standard deviation [] of q(x_t | x_0 = `x0`), t in 0..T."""
+        check_state(x0)
         return self.sde.marginal(x0, float(whole_number("t", t, 0, self.T)))
 
     def posterior(self, x: Tensor, x0: Tensor, t: int) -> tuple[Tensor, Tensor]:
@@ -91,6 +93,11 @@ class DiffusionChain:
             Mean, shape of `x`, and standard deviation, [].
         """
         t = whole_number("t", t, 1, self.T)
+        check_state(x)
+        if x.shape != x0.shape:
+            raise ShapeError(
+                f"x of shape {tuple(x.shape)} and x0 of shape {tuple(x0.shape)}: give one shape"
+            )
         return self.sde.posterior(x, x0, float(t - 1), float(t))
 
     def reverse(
@@ -122,6 +129,7 @@ class DiffusionChain:
         """
         known_name("variance", variance, _SOLVERS)
         t = whole_number("t", t, 1, self.T)
+        check_state(x)
         x0 = as_model(score, self.sde).predict("x0", x, float(t), **cond)
         mean, std = self.posterior(x, x0, t)
         return mean, std if variance == "posterior" else self.step(x, t)[1]
@@ -141,13 +149,18 @@ class DiffusionChain:
         return trace(DDPM(_SOLVERS[variance]), self.sde, times, denoise=True)
 
     def forward(self, x0: Tensor, seed: int = 0) -> Iterator[Tensor]:
-        """A path x_0, x_1, ..., x_T, each [B, *event]; sample i depends on i alone."""
-        noise, x = Philox(seed), x0
-        yield x
+        """A path x_0, x_1, ..., x_T, each [B, *event]; sample i depends on i alone.
+
+        Half precision is rounded from a path in float32: factors sqrt(1 - beta_t) that are nearly
+        1 would be 1 in it, so that the noise of many steps piled up.
+        """
+        check_state(x0)
+        noise, x = Philox(seed), x0.to(torch.promote_types(x0.dtype, torch.float32))
+        yield x0
         for t in range(1, self.T + 1):
             mean, std = self.step(x, t)
             x = mean + std * noise.normal(x, t)
-            yield x
+            yield x.to(x0.dtype)
 
     def sample(
         self,

@@ -88,11 +88,14 @@ def to_unit(levels: Tensor, noise: Tensor | float = 0.5) -> Tensor:
         x, shape of `levels`.
 
     Raises:
-        ArgumentError: `noise` is a tensor of another shape, or not floating.
+        ArgumentError: `noise` is a tensor of another shape, or not floating, or a level is none of
+            0..16.
 
     >>> to_unit(torch.tensor([0, 8, 16]))
     tensor([-0.9412,  0.0000,  0.9412])
     """
+    if not bool(((levels >= 0) & (levels < LEVELS)).all()):
+        raise ArgumentError("levels are not all in 0..16: give grey levels of the digits")
     if isinstance(noise, Tensor):
         if noise.shape != levels.shape or not noise.is_floating_point():
             raise ArgumentError(
@@ -112,7 +115,12 @@ def to_levels(x: Tensor) -> Tensor:
 
     Returns:
         k, int64, shape of `x`.
+
+    Raises:
+        ArgumentError: a value is not a number, which no bin holds.
     """
+    if bool(x.isnan().any()):
+        raise ArgumentError("x holds NaN, which lies in no bin: leave out the samples that failed")
     return ((x + 1) / BIN_WIDTH).floor().clamp(0, LEVELS - 1).long()
 
 
@@ -120,7 +128,8 @@ def to_image(x: Tensor, columns: int = 10) -> Tensor:
     """One picture of a batch of digits, row by row, for display.
 
     Args:
-        x: real images [B, 1, 8, 8], nominally in [-1, 1]; values outside are cut.
+        x: real images [B, 1, 8, 8], nominally in [-1, 1]; values outside are cut, NaN
+            is black.
         columns: digits in a row, at least 1.
 
     Returns:
@@ -135,7 +144,8 @@ def to_image(x: Tensor, columns: int = 10) -> Tensor:
             "[B, 1, 8, 8] and at least one column"
         )
     rows = -(-len(x) // columns)
-    grey = ((x.detach().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    shade = ((x.detach().cpu() + 1) * 127.5).round().clamp(0, 255)
+    grey = shade.nan_to_num(0.0).to(torch.uint8)
     page = grey.new_zeros(rows * columns, 8, 8)
     page[: len(x)] = grey[:, 0]
     return page.view(rows, columns, 8, 8).transpose(1, 2).reshape(rows * 8, columns * 8)

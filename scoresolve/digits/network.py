@@ -74,10 +74,12 @@ class DigitsNet(nn.Module):
 
         Raises:
             ShapeError: `x`, `sigma` or `label` has another shape.
+            ArgumentError: `label` is not of integers.
         """
         if x.ndim != 4 or x.shape[1:] != (1, 8, 8):
             raise ShapeError(f"x has shape {tuple(x.shape)}: give noisy images [B, 1, 8, 8]")
-        sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
+        work = torch.promote_types(x.dtype, torch.float32)  # noise levels are not rounded further
+        sigma = torch.as_tensor(sigma, dtype=work, device=x.device)
         if sigma.shape not in {(), (len(x),)}:
             raise ShapeError(
                 f"sigma has shape {tuple(sigma.shape)} for {len(x)} images: give one noise "
@@ -85,6 +87,8 @@ class DigitsNet(nn.Module):
             )
         if label is None:
             label = torch.full((len(x),), CLASSES, device=x.device)
+        if label.is_floating_point() or label.is_complex():
+            raise ArgumentError(f"label is {label.dtype}: give classes as integers")
         if label.shape != (len(x),):
             raise ShapeError(
                 f"label has shape {tuple(label.shape)} for {len(x)} images: give one class "
@@ -95,11 +99,12 @@ class DigitsNet(nn.Module):
         condition = self.condition(torch.log(sigma[:, 0]) / 4, label)
 
         patches = _patches(x)
-        h = self.embed(patches / total) + self.position
+        h = self.embed((patches / total).to(x.dtype)) + self.position
         for block in self.blocks:
             h = block(h, condition)
         out = self.head(self.norm(h))
-        return _image(patches * (SIGMA_DATA / total) ** 2 + out * (sigma * SIGMA_DATA / total))
+        clean = patches * (SIGMA_DATA / total) ** 2 + out * (sigma * SIGMA_DATA / total)
+        return _image(clean.to(x.dtype))
 
 
 def load_network(
@@ -153,6 +158,7 @@ class _Condition(nn.Module):
     def forward(self, noise: Tensor, label: Tensor) -> Tensor:
         angle = noise * self.frequencies
         waves = torch.cat([noise, torch.sin(angle), torch.cos(angle)], 1)
+        waves = waves.to(self.noise.weight.dtype)
         return functional.silu(self.mix(functional.silu(self.noise(waves) + self.label(label))))
 
 

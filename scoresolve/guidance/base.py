@@ -16,15 +16,26 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from scoresolve.errors import ArgumentError, GridError
+from scoresolve.errors import ArgumentError, GridError, real_number
 from scoresolve.grid import Grid, as_grid
 from scoresolve.models import Model, as_model, combine, conversion
-from scoresolve.plans import Call, Plan
+from scoresolve.plans import Call, Plan, check_state
 from scoresolve.sde import SDE, GaussianSDE, TimeLike, as_time
 
-__all__ = ["CleanModel", "Cost", "GridAhead", "GuidedModel", "cost_at", "network_cost", "positive"]
+__all__ = [
+    "CleanModel",
+    "Cost",
+    "GridAhead",
+    "GuidedModel",
+    "cost_at",
+    "flat",
+    "network_cost",
+    "own_copy",
+    "positive",
+    "precise",
+]
 
 
 class Cost(NamedTuple):
@@ -65,12 +76,17 @@ class GuidedModel(Model):
         """What one call at time `t` costs, at most."""
 
     def settled(self, x: Tensor, t: TimeLike) -> Tensor:
-        """`t`, but no later than where alpha^2 / sigma^2 is the precision of `x`."""
+        """`t`, but no later than where alpha^2 / sigma^2 is the precision of `x`.
+
+        Raises:
+            ArgumentError, ShapeError: `x` is no floating-point batch [B, *event].
+        """
+        check_state(x)
         if x.dtype not in self._latest:
             precision = min(torch.finfo(x.dtype).eps, torch.finfo(torch.float32).eps)
             log_snr = torch.tensor(math.log(precision), dtype=torch.float64)
             self._latest[x.dtype] = float(self.sde.time_from_log_snr(log_snr))
-        return as_time(t, x).clamp(max=self._latest[x.dtype])
+        return precise(as_time(t, x)).clamp(max=self._latest[x.dtype])
 
 
 class CleanModel(GuidedModel):
@@ -119,19 +135,24 @@ class GridAhead:
         Raises:
             GridError: a time is not on the grid.
         """
-        times, time = self.times.to(t.device), t.double()
-        nearest = (times - time[..., None]).abs().argmin(-1)
+        times, time = self.times, t.detach().cpu().double()  # no device lacks float64 there
+        apart = (times - time[..., None]).abs()
+        nearest = apart.argmin(-1)
         same = max(_SAME_TIME, torch.finfo(t.dtype).eps) * times[nearest]
-        strays = time[(times[nearest] - time).abs() > same]
+        if bool(((apart <= same[..., None]).sum(-1) > 1).any()):
+            raise GridError(
+                f"times in {t.dtype} do not tell those of the grid apart: give them in float32"
+            )
+        strays = time[apart.min(-1).values > same]
         if len(strays):
             raise GridError(
                 f"t = {float(strays[0]):g} is not among the {len(times)} times from "
                 f"{float(times[-1]):g} to {float(times[0]):g} that the model was made for: give "
                 "the verb the same grid=, and a solver that calls the model at its times alone"
             )
-        log_snrs = self.log_snrs.to(t.device)
-        ahead = log_snrs[nearest] - log_snrs[nearest + 1]
-        return self.alphas.to(t.device)[nearest], ahead / 2
+        ahead = (self.log_snrs[nearest] - self.log_snrs[nearest + 1]) / 2
+        dtype = torch.promote_types(t.dtype, torch.float32)
+        return self.alphas[nearest].to(t.device, dtype), ahead.to(t.device, dtype)
 
 
 _SAME_TIME = 1e-6  # a time rounded to float32 is still the grid's
@@ -163,12 +184,30 @@ def network_cost(model: Model, plan: Plan) -> Cost:
 
 def positive(name: str, value: float) -> float:
     """`value`; raises `ArgumentError` unless it is positive and finite."""
-    if not (math.isfinite(value) and value > 0):
-        raise ArgumentError(f"{name} = {value}: give a positive number")
-    return float(value)
+    return real_number(name, value, above=0)
+
+
+def precise(t: Tensor) -> Tensor:
+    """Times in at least float32: in half precision 999 is 1000."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def flat(x: Tensor) -> Tensor:
+    """`x` [B, *event] as [B, D], also where B = 0."""
+    return x.reshape(x.shape[0], math.prod(x.shape[1:]))
+
+
+def own_copy(function: object, x: Tensor) -> Tensor:
+    """A copy of `x` that `function` may write into, in the dtype of its parameters."""
+    parameter = next(function.parameters(), None) if isinstance(function, nn.Module) else None
+    if parameter is None or parameter.dtype == x.dtype or x.is_complex():
+        return x.clone()
+    return x.to(parameter.dtype)
 
 
 def _gaussian(sde: SDE) -> GaussianSDE:
+    if not isinstance(sde, SDE):
+        raise ArgumentError(f"sde is {type(sde).__name__}: give a process, as ss.VP()")
     if not isinstance(sde, GaussianSDE):
         raise ArgumentError(f"{sde} has no alpha and sigma: guidance needs a Gaussian process")
     return sde

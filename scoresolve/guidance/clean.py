@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from scoresolve.errors import ArgumentError
-from scoresolve.guidance.base import CleanModel, Cost, GuidedModel, cost_at, positive
+from scoresolve.errors import ArgumentError, real_number
+from scoresolve.guidance.base import CleanModel, Cost, GuidedModel, cost_at, flat, positive
 from scoresolve.models import Model
 from scoresolve.sde import SDE, TimeLike, expand
 
@@ -32,7 +33,7 @@ def clip_x0(
     Args:
         score: a callable `score(x, t, **cond)` or a `Model`.
         sde: the process.
-        low, high: range of the data.
+        low, high: range of the data; an end may be infinite.
 
     Returns:
         A `Model` that costs what the given one does.
@@ -44,9 +45,12 @@ def clip_x0(
         Ho et al. 2020 (2006.11239), appendix B and its code; Saharia et al. 2022 (2205.11487),
         section 2.3, "static thresholding".
     """
+    for name, end in (("low", low), ("high", high)):
+        if not (isinstance(end, float) and math.isinf(end)):
+            real_number(name, end)
     if not low < high:
         raise ArgumentError(f"low = {low}, high = {high}: need low < high")
-    return _Edited(score, sde, lambda x0: x0.clamp(low, high))
+    return _Edited(score, sde, partial(_clipped, low, high))
 
 
 def dynamic_threshold(
@@ -72,19 +76,21 @@ def dynamic_threshold(
     Source:
         Saharia et al. 2022 (2205.11487), section 2.3.
     """
-    if not 0 <= quantile <= 1:
-        raise ArgumentError(f"quantile = {quantile}: give a number in [0, 1]")
-    positive("bound", bound)
+    share = real_number("quantile", quantile, least=0, most=1)
+    return _Edited(score, sde, partial(_thresholded, share, positive("bound", bound)))
 
-    def edit(x0: Tensor) -> Tensor:
-        ordered = x0.reshape(x0.shape[0], -1).abs().sort(1).values
-        place = quantile * (ordered.shape[1] - 1)
-        below, above = ordered[:, math.floor(place)], ordered[:, math.ceil(place)]
-        level = torch.lerp(below, above, place - math.floor(place)).clamp(min=bound)
-        limit = expand(level, x0, level)
-        return x0.clamp(-limit, limit) * (bound / limit)
 
-    return _Edited(score, sde, edit)
+def _clipped(low: float, high: float, x0: Tensor) -> Tensor:
+    return x0.clamp(low, high)
+
+
+def _thresholded(quantile: float, bound: float, x0: Tensor) -> Tensor:
+    ordered = flat(x0).abs().sort(1).values
+    place = quantile * (ordered.shape[1] - 1)
+    below, above = ordered[:, math.floor(place)], ordered[:, math.ceil(place)]
+    level = torch.lerp(below, above, place - math.floor(place)).clamp(min=bound)
+    limit = expand(level, x0, level)
+    return x0.clamp(-limit, limit) * (bound / limit)
 
 
 class _Edited(CleanModel):

@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from scoresolve.errors import ArgumentError, ShapeError, check_output
+from scoresolve.errors import ArgumentError, ShapeError, check_output, nearest_names, real_number
 from scoresolve.grid import Grid
-from scoresolve.guidance.base import Cost, GridAhead, GuidedModel, cost_at
+from scoresolve.guidance.base import Cost, GridAhead, GuidedModel, cost_at, flat
 from scoresolve.models import Model, as_model, combine, conversion
 from scoresolve.sde import SDE, TimeLike, as_time, expand
 
@@ -50,21 +51,26 @@ def classifier_free(
     Args:
         score: the conditional model, a callable `score(x, t, **cond)` or a `Model`.
         sde: the process.
-        scale: w, or a callable that gives w for times [] or [B] in float64.
-        null: what replaces conditions in the unconditional call, as `{"label": 10}`: a number, or
-            a tensor that broadcasts to the condition [B, ...]. A condition `negative_label=` given
-            to a verb, split with the batch as any other, takes its place. Or another model, which
-            is called without conditions.
+        scale: w, or a callable that gives w, a number or of the same shape, for times [] or [B].
+        null: what replaces conditions in the unconditional call, as `{"label": 10}`: a number, a
+            tensor that broadcasts to the condition [B, ...], or None. Of a nested condition it
+            holds the parts that are replaced, as `{"added": {"text_embeds": 0.0}}`. A condition
+            `negative_label=` given to a verb, split with the batch as any other, takes its place.
+            Or another model, which is called without conditions.
         interval: (low, high); where sigma/alpha is not in (low, high] the model is conditional.
         rescale: phi in [0, 1]; m is multiplied by 1 - phi + phi std(m_good) / std(m), the standard
             deviations over the event of a row, with m the prediction that the network makes.
-        batched: make the two evaluations in one call with 2 B rows.
+        batched: make the two evaluations in one call with 2 B rows. Tensors of B rows in the
+            conditions that `null` replaces are joined. Where another tensor has B rows too, it
+            could be one for each row or one for all, and the evaluations are made apart.
 
     Returns:
         A `Model`.
 
     Raises:
-        ArgumentError: a number is out of range, `null` is empty, or `batched` with two models.
+        ArgumentError: a number is out of range, `null` is empty, or `batched` with two models; at
+            a call, a condition that `null` names is missing, or cannot be joined.
+        ShapeError: at a call, a null or w does not fit.
 
     Source:
         Ho and Salimans 2022 (2207.12598), eq. 6. interval: Kynkäänniemi et al. 2024 (2404.07724),
@@ -73,11 +79,10 @@ def classifier_free(
     if not isinstance(null, Mapping):
         if batched:
             raise ArgumentError("batched=True joins two calls of one network: give conditions null")
-        return _Extrapolated(score, null, sde, scale, lambda cond, x: {}, interval, rescale)
+        return _Extrapolated(score, null, sde, scale, _Nothing(), interval, rescale)
     if not null:
         raise ArgumentError("null is empty: name the conditions that the unconditional call lacks")
-    negative = partial(_negative, dict(null))
-    return _Extrapolated(score, score, sde, scale, negative, interval, rescale, batched)
+    return _Extrapolated(score, score, sde, scale, _Null(dict(null)), interval, rescale, batched)
 
 
 def cfg_plus_plus(
@@ -117,11 +122,12 @@ def cfg_plus_plus(
     Source:
         Chung et al. 2024 (2406.08070), algorithm 2.
     """
-    _finite("scale", scale)
-    ahead = GridAhead(sde, grid)
-    return classifier_free(
-        score, sde, lambda t: scale / -torch.expm1(-ahead(t)[1]), null, batched=batched
-    )
+    ahead = partial(_scale_ahead, GridAhead(sde, grid), real_number("scale", scale))
+    return classifier_free(score, sde, ahead, null, batched=batched)
+
+
+def _scale_ahead(ahead: GridAhead, scale: float, t: Tensor) -> Tensor:
+    return scale / -torch.expm1(-ahead(t)[1])
 
 
 def autoguidance(
@@ -148,11 +154,70 @@ def autoguidance(
     Source:
         Karras et al. 2024 (2406.02507), section 4.
     """
-    return _Extrapolated(score, weak, sde, scale, lambda cond, x: cond, interval)
+    return _Extrapolated(score, weak, sde, scale, _Same(), interval)
+
+
+class _Same:
+    """The conditions of two models that get the same."""
+
+    def good(self, cond: dict[str, Any]) -> dict[str, Any]:
+        """The conditions of the good model, from those of a call."""
+        return cond
+
+    def other(self, cond: dict[str, Any], x: Tensor) -> dict[str, Any]:
+        """The conditions of the other model, at states `x`."""
+        return cond
+
+
+class _Nothing(_Same):
+    """The other model gets no conditions."""
+
+    def good(self, cond: dict[str, Any]) -> dict[str, Any]:
+        for name in cond:
+            if name.startswith(_NEGATIVE):
+                raise ArgumentError(
+                    f"{name}= replaces nothing: the unconditional model is called without "
+                    "conditions"
+                )
+        return cond
+
+    def other(self, cond: dict[str, Any], x: Tensor) -> dict[str, Any]:
+        return {}
+
+
+class _Null(_Same):
+    """The other call gets `null`, or what a call names `negative_`, in place of conditions."""
+
+    def __init__(self, null: dict[str, Any]) -> None:
+        self.null = null
+
+    def good(self, cond: dict[str, Any]) -> dict[str, Any]:
+        kept = {k: v for k, v in cond.items() if not k.startswith(_NEGATIVE)}
+        replaced = [name.removeprefix(_NEGATIVE) for name in cond if name not in kept]
+        for name in (*self.null, *replaced):
+            if name not in kept:
+                near = nearest_names(name, kept)
+                hint = f"; is {near[0]}= meant" if near else ""
+                source = "null replaces" if name in self.null else f"{_NEGATIVE}{name}= replaces"
+                raise ArgumentError(
+                    f"{source} the condition {name!r}, which the call does not have: give "
+                    f"{name}= too{hint}"
+                )
+        return kept
+
+    def other(self, cond: dict[str, Any], x: Tensor) -> dict[str, Any]:
+        result = self.good(cond)
+        for name, value in self.null.items():
+            if _NEGATIVE + name not in cond:
+                result[name] = _filled(name, value, result[name], x)
+        for name, value in cond.items():
+            if name.startswith(_NEGATIVE):
+                result[name.removeprefix(_NEGATIVE)] = value
+        return result
 
 
 class _Extrapolated(GuidedModel):
-    """w good + (1 - w) other; `other_cond` makes the other model's conditions of the good one's."""
+    """w good + (1 - w) other; `conditions` tells what each of the two models gets."""
 
     def __init__(
         self,
@@ -160,21 +225,17 @@ class _Extrapolated(GuidedModel):
         other: Model | Callable[..., Tensor],
         sde: SDE,
         scale: Scale,
-        other_cond: Callable[[dict[str, Any], Tensor], dict[str, Any]],
+        conditions: _Same,
         interval: Interval | None = None,
         rescale: float = 0.0,
         batched: bool = False,
     ) -> None:
         super().__init__(good, sde)
         self.other = self.model if other is good else as_model(other, sde)
-        if not callable(scale):
-            _finite("scale", scale)
-        if interval is not None and not 0 <= interval[0] < interval[1]:
-            raise ArgumentError(f"interval = {interval}: give 0 <= low < high, in sigma/alpha")
-        if not 0 <= rescale <= 1:
-            raise ArgumentError(f"rescale = {rescale}: give a number in [0, 1]")
-        self.scale, self.interval, self.rescale = scale, interval, rescale
-        self.other_cond, self.batched = other_cond, batched
+        self.scale = scale if callable(scale) else real_number("scale", scale)
+        self.interval = None if interval is None else _interval(interval)
+        self.rescale = real_number("rescale", rescale, least=0, most=1)
+        self.conditions, self.batched = conditions, batched
         self.home = self.model.bind("x0")[0]
 
     def cost(self, t: float) -> Cost:
@@ -205,26 +266,41 @@ class _Extrapolated(GuidedModel):
         if self.interval is None:
             return torch.ones_like(t, dtype=torch.bool)
         low, high = self.interval
-        log_ratio = -self.sde.log_snr(t.double()) / 2
-        return (log_ratio > (math.log(low) if low else -math.inf)) & (log_ratio <= math.log(high))
+        log_ratio = -self.sde.log_snr(t.detach().cpu().double()) / 2  # not every device has float64
+        inside = (log_ratio > (math.log(low) if low else -math.inf)) & (log_ratio <= math.log(high))
+        return inside.to(t.device)
 
     def _guided(
         self, prediction: str, x: Tensor, t: TimeLike, cond: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         """The guided prediction and that of the good model (or twice the only one evaluated)."""
         time = as_time(t, x)
-        positive = {k: v for k, v in cond.items() if not k.startswith(_NEGATIVE)}
+        positive = self.conditions.good(cond)
         inside = None if self.interval is None else self._inside(time)
         if self.scale == 1 or (inside is not None and not bool(inside.any())):
             good = self.model.predict(prediction, x, t, **positive)
             return good, good
         if self.scale == 0 and inside is None:
-            other = self.other.predict(prediction, x, t, **self.other_cond(cond, x))
+            other = self.other.predict(prediction, x, t, **self.conditions.other(cond, x))
             return other, other
-        good, other = self._both(prediction, x, t, positive, self.other_cond(cond, x))
-        w = self.scale(time.double()) if callable(self.scale) else time.new_tensor(self.scale)
-        w = w.expand(time.shape) if inside is None else torch.where(inside, w, 1.0)
+        good, other = self._both(prediction, x, t, positive, self.conditions.other(cond, x))
+        w = self._weight(time)
+        if inside is not None:
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            w = torch.where(inside, w.to(time.device, dtype), 1.0)
         return combine(w, good, 1 - w, other, time), good
+
+    def _weight(self, time: Tensor) -> Tensor:
+        """w, [] or the shape of `time`."""
+        w: object = self.scale(time) if callable(self.scale) else self.scale
+        if not isinstance(w, Tensor):
+            return torch.tensor(real_number("scale", w), dtype=torch.float64)
+        if w.ndim and w.shape != time.shape:
+            raise ShapeError(
+                f"the scale of times of shape {tuple(time.shape)} has shape {tuple(w.shape)}: "
+                "return a number, or one for each time"
+            )
+        return w
 
     def _both(
         self,
@@ -234,38 +310,102 @@ class _Extrapolated(GuidedModel):
         positive: dict[str, Any],
         negative: dict[str, Any],
     ) -> tuple[Tensor, Tensor]:
-        if not self.batched:
+        joined = self._joined(x.shape[0], positive, negative) if self.batched else None
+        if joined is None:
             good = self.model.predict(prediction, x, t, **positive)
             other = self.other.predict(prediction, x, t, **negative)
             check_output(good, x)
             check_output(other, x)
             return good, other
         time = torch.cat([t, t]) if isinstance(t, Tensor) and t.ndim else t
-        cond = {k: _joined(k, positive.get(k), negative[k], x.shape[0]) for k in negative}
         both = torch.cat([x, x])
-        m = self.model.predict(prediction, both, time, **cond)
+        m = self.model.predict(prediction, both, time, **joined)
         check_output(m, both)
         good, other = m.chunk(2)
         return good, other
 
+    def _joined(
+        self, batch: int, positive: dict[str, Any], negative: dict[str, Any]
+    ) -> dict[str, Any] | None:
+        """The conditions of one call of 2 B rows; None if a tensor might or might not be joined."""
+        result = {}
+        for name, value in negative.items():
+            pairs, other = pytree.tree_flatten(positive[name]), pytree.tree_flatten(value)
+            if pairs[1] != other[1]:
+                raise ArgumentError(_NOT_JOINED.format(name))
+            leaves = []
+            for a, b in zip(pairs[0], other[0], strict=True):
+                per_row = _rows(a, batch) and _rows(b, batch)
+                if a is b and (per_row or not isinstance(a, _PLAIN)):
+                    return None
+                if per_row and _alike(a, b):
+                    leaves.append(torch.cat([a, b]))
+                elif not per_row and _equal(a, b):
+                    leaves.append(a)
+                else:
+                    raise ArgumentError(_NOT_JOINED.format(name))
+            result[name] = pytree.tree_unflatten(leaves, other[1])
+        return result
 
-def _negative(null: dict[str, Any], cond: dict[str, Any], x: Tensor) -> dict[str, Any]:
-    """The conditions of the unconditional call."""
-    result = {k: v for k, v in cond.items() if not k.startswith(_NEGATIVE)}
-    for name, value in null.items():
-        result[name] = _filled(name, value, result.get(name), x)
-    for name, value in cond.items():
-        if name.startswith(_NEGATIVE):
-            result[name.removeprefix(_NEGATIVE)] = value
-    return result
+
+_PLAIN = (Tensor, str, int, float, type(None))  # anything else may hold rows of its own
+_NOT_JOINED = (
+    "the condition {!r} has no batch axis to join in one call: give tensors [B, ...] of one shape "
+    "and dtype to both evaluations, or leave out batched="
+)
+
+
+def _rows(value: Any, batch: int) -> bool:
+    return isinstance(value, Tensor) and value.shape[:1] == (batch,)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        tensors = isinstance(a, Tensor) and isinstance(b, Tensor)
+        return a is b or (tensors and _alike(a, b) and torch.equal(a, b))
+    return isinstance(a, _PLAIN) and isinstance(b, _PLAIN) and a == b
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
 
 
 def _filled(name: str, value: Any, like: Any, x: Tensor) -> Any:
-    """`value` broadcast to the condition `like` if that is a tensor over the batch."""
-    if not isinstance(like, Tensor) or like.shape[:1] != x.shape[:1]:
+    """`value` broadcast to the condition `like`, leaf by leaf.
+
+    A number is broadcast to any tensor, a tensor to those over the batch; None and what stands for
+    no tensor is passed on.
+    """
+    if isinstance(value, Mapping) and isinstance(like, Mapping):
+        strays = [key for key in value if key not in like]
+        if strays:
+            raise ArgumentError(
+                f"null {name!r} replaces {strays[0]!r}, which the condition does not have"
+            )
+        return {
+            key: _filled(f"{name}.{key}", value[key], part, x) if key in value else part
+            for key, part in like.items()
+        }
+    if type(value) in (list, tuple) and type(like) is type(value) and len(like) == len(value):
+        parts = enumerate(zip(value, like, strict=True))
+        return type(value)(_filled(f"{name}[{i}]", *pair, x) for i, pair in parts)
+    if value is None or not isinstance(like, Tensor):
         return value
-    null = torch.as_tensor(value, dtype=like.dtype, device=like.device)
-    if null.ndim == like.ndim and null.shape[0] not in (1, like.shape[0]):
+    per_row = bool(like.ndim) and like.shape[0] == x.shape[0]
+    if isinstance(value, Tensor) and not per_row:
+        return value
+    try:
+        given = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentError(
+            f"null {name!r} is {value!r} for a condition that is a tensor: give a number or tensor"
+        ) from error
+    null = given.to(like.device, like.dtype)
+    if not like.is_floating_point() and bool((null != given.to(like.device)).any()):
+        raise ArgumentError(
+            f"null {name!r} = {value} for a condition of {like.dtype}: give whole numbers"
+        )
+    if null.ndim == like.ndim and null.ndim and null.shape[0] not in (1, like.shape[0]):
         raise ShapeError(
             f"null {name!r} of shape {tuple(null.shape)} for a condition of shape "
             f"{tuple(like.shape)}: give one for all rows, or {_NEGATIVE}{name}= to the verb"
@@ -279,23 +419,17 @@ def _filled(name: str, value: Any, like: Any, x: Tensor) -> Any:
         ) from error
 
 
-def _joined(name: str, positive: Any, negative: Any, batch: int) -> Any:
-    if positive is negative and not isinstance(positive, Tensor):
-        return positive
-    pair = (positive, negative)
-    if all(isinstance(value, Tensor) and value.shape[:1] == (batch,) for value in pair):
-        return torch.cat(pair)
-    raise ArgumentError(
-        f"the condition {name!r} has no batch axis to join in one call: give a tensor [B, ...] or "
-        "leave out batched="
-    )
-
-
 def _spread(m: Tensor) -> Tensor:
     """Standard deviation over the event, [B]."""
-    return m.reshape(m.shape[0], -1).std(1, correction=0)
+    return flat(m).std(1, correction=0) if m.numel() else m.new_zeros(m.shape[:1])
 
 
-def _finite(name: str, value: float) -> None:
-    if not math.isfinite(value):
-        raise ArgumentError(f"{name} = {value}: give a finite number")
+def _interval(interval: Interval) -> Interval:
+    try:
+        low, high = interval
+        fits = 0 <= low < high
+    except (TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise ArgumentError(f"interval = {interval}: give 0 <= low < high, in sigma/alpha")
+    return float(low), float(high)

@@ -1,4 +1,4 @@
-"""Samples given a linear measurement y = A x0 + s n, n ~ N(0, I), with a model of x0 alone.
+"""Samples given a measurement y = A x0 + s n, n ~ N(0, I), with a model of x0 alone.
 
 With x0' = E[x0 | x_t], J its Jacobian in x_t and r = y - A x0', all methods are of the form
 
@@ -10,12 +10,15 @@ With x0' = E[x0 | x_t], J its Jacobian in x_t and r = y - A x0', all methods are
 
 MMPS is exact for Gaussian data, PiGDM for data N(mu, v I) with c = v sigma^2 / (v alpha^2 +
 sigma^2), DPS for neither. `GaussianMixture.condition` gives the truth to hold them against.
+Where A is not linear, r = y - A(x0') and A stands for its Jacobian at x0': DPS is then still the
+gradient of its likelihood, the others are exact where A is affine.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,8 +26,22 @@ from torch import Tensor
 
 from scoresolve.errors import ArgumentError, ShapeError, check_output, whole_number
 from scoresolve.grid import Grid
-from scoresolve.guidance.base import CleanModel, Cost, GridAhead, GuidedModel, cost_at, positive
-from scoresolve.guidance.linear import LinearMap, Measurement, conjugate_gradients
+from scoresolve.guidance.base import (
+    CleanModel,
+    Cost,
+    GridAhead,
+    GuidedModel,
+    cost_at,
+    flat,
+    positive,
+)
+from scoresolve.guidance.linear import (
+    LinearMap,
+    Measurement,
+    Tangent,
+    check_operator,
+    conjugate_gradients,
+)
 from scoresolve.models import Model
 from scoresolve.sde import SDE, TimeLike, as_time, expand
 
@@ -57,10 +74,10 @@ def dps(
     Source:
         Chung et al. 2023 (2209.14687), theorem 1 and eq. 16.
     """
-    if measurement.noise_std == 0:
+    if _measurement(measurement).noise_std == 0:
         raise ArgumentError("noise_std = 0 has no likelihood for DPS: give a positive one")
     weight = positive("scale", scale) / measurement.noise_std**2
-    return _Posterior(score, sde, measurement, lambda at: at.residual * weight)
+    return _Posterior(score, sde, measurement, partial(_weigh_likelihood, weight))
 
 
 def dps_steps(
@@ -100,15 +117,7 @@ def dps_steps(
         Chung et al. 2023 (2209.14687), algorithm 1 and appendix C.2.
     """
     length, ahead = 2 * positive("step", step), GridAhead(sde, grid)
-
-    def weigh(at: _Point) -> Tensor:
-        alpha_s, h = ahead(at.t)
-        factor = length * at.alpha / (at.sigma**2 * alpha_s * -torch.expm1(-2 * h))
-        norm = at.residual.reshape(len(at.residual), -1).norm(dim=1)
-        inverse = torch.where(norm > 0, 1 / norm, 0.0)
-        return expand(factor, at.residual, at.t) * expand(inverse, at.residual, norm) * at.residual
-
-    return _Posterior(score, sde, measurement, weigh)
+    return _Posterior(score, sde, measurement, partial(_weigh_steps, length, ahead))
 
 
 def pigdm(
@@ -145,16 +154,7 @@ def pigdm(
     v = positive("data_variance", data_variance)
     count = whole_number("iterations", iterations)
 
-    def weigh(at: _Point) -> Tensor:
-        spread = v * at.sigma**2 / (v * at.alpha**2 + at.sigma**2)
-        c, noise = expand(spread, at.residual, at.t), measurement.noise_std**2
-        return conjugate_gradients(
-            lambda u: c * measurement.measure(measurement.transposed(u, at.x0)) + noise * u,
-            at.residual,
-            count,
-        )
-
-    return _Posterior(score, sde, measurement, weigh)
+    return _Posterior(score, sde, measurement, partial(_weigh_pseudoinverse, v, count))
 
 
 def mmps(
@@ -187,13 +187,7 @@ def mmps(
     """
     count = whole_number("iterations", iterations)
 
-    def weigh(at: _Point) -> Tensor:
-        noise = measurement.noise_std**2
-        return conjugate_gradients(
-            lambda u: measurement.measure(at.covary(u)) + noise * u, at.residual, count
-        )
-
-    return _Posterior(score, sde, measurement, weigh, count + 1)
+    return _Posterior(score, sde, measurement, partial(_weigh_moments, count), count + 1)
 
 
 def inpaint(
@@ -238,18 +232,64 @@ class _Point:
 
     Attributes:
         x0: E[x0 | x_t], [B, *event].
-        residual: y - A x0, [B, *measured].
+        tangent: A there.
+        residual: y - A x0, [B, *measured] in real numbers.
+        noise: s^2.
         t: time, [] or [B].
         alpha, sigma: schedule there, or at the last time `GuidedModel.settled` allows, [] or [B].
         covary: v -> V A^T v, from [B, *measured] to [B, *event].
     """
 
     x0: Tensor
+    tangent: Tangent
     residual: Tensor
+    noise: float
     t: Tensor
     alpha: Tensor
     sigma: Tensor
     covary: LinearMap
+
+
+def _weigh_likelihood(weight: float, at: _Point) -> Tensor:
+    return at.residual * weight
+
+
+def _weigh_steps(length: float, ahead: GridAhead, at: _Point) -> Tensor:
+    alpha_s, h = ahead(at.t)
+    factor = length * at.alpha / (at.sigma**2 * alpha_s * -torch.expm1(-2 * h))
+    norm = flat(at.residual).norm(dim=1)
+    inverse = torch.where(norm > 0, 1 / norm, 0.0)
+    return expand(factor, at.residual, at.t) * expand(inverse, at.residual, norm) * at.residual
+
+
+def _weigh_pseudoinverse(v: float, count: int, at: _Point) -> Tensor:
+    spread = v * at.sigma**2 / (v * at.alpha**2 + at.sigma**2)
+    c, tangent = expand(spread, at.residual, at.t), at.tangent
+    return conjugate_gradients(
+        lambda u: c * tangent.push(tangent.pull(u)) + at.noise * u, at.residual, count
+    )
+
+
+def _weigh_moments(count: int, at: _Point) -> Tensor:
+    return conjugate_gradients(
+        lambda u: at.tangent.push(at.covary(u)) + at.noise * u, at.residual, count
+    )
+
+
+def _real_tensor(observation: object) -> Tensor:
+    if not isinstance(observation, Tensor) or observation.is_complex():
+        kind = observation.dtype if isinstance(observation, Tensor) else type(observation).__name__
+        raise ArgumentError(f"observation is {kind}: give a real tensor")
+    return observation
+
+
+def _measurement(given: object) -> Measurement:
+    if not isinstance(given, Measurement):
+        raise ArgumentError(
+            f"measurement is {type(given).__name__}: give a guidance.Measurement(operator, "
+            "noise_std, observation)"
+        )
+    return given
 
 
 class _Posterior(CleanModel):
@@ -264,7 +304,8 @@ class _Posterior(CleanModel):
         products: int = 1,
     ) -> None:
         super().__init__(model, sde)
-        self.measurement, self.weigh, self.products = measurement, weigh, products
+        self.measurement, self.weigh, self.products = _measurement(measurement), weigh, products
+        self.checked = 0  # rows that the operator was looked at with, up to 2
 
     def cost(self, t: float) -> Cost:
         forwards, products = cost_at(self.model, t)
@@ -280,22 +321,36 @@ class _Posterior(CleanModel):
             mean = self.model.predict("x0", leaf, time, **cond)
         check_output(mean, x)
         if not mean.requires_grad:
-            raise ArgumentError(
-                "the model's output has no gradient in x: take it out of torch.no_grad, "
-                "or use a model that depends on x"
-            )
+            raise ArgumentError(_NO_GRADIENT)
+        x0 = mean if keep_graph else mean.detach()
+        tangent = self.measurement.tangent(x0, keep_graph)
+        residual = self.measurement.residual(tangent.value, observation)
+        if self.checked < min(len(x), 2):
+            check_operator(self.measurement, tangent, x0)
+            self.checked = min(len(x), 2)
 
         def covary(v: Tensor) -> Tensor:
-            back = self.measurement.transposed(v, x)
             (product,) = torch.autograd.grad(
-                mean, leaf, back, retain_graph=True, create_graph=keep_graph
+                mean,
+                leaf,
+                tangent.pull(v),
+                retain_graph=True,
+                create_graph=keep_graph,
+                allow_unused=True,
             )
+            if product is None:
+                raise ArgumentError(_NO_GRADIENT)
             return ratio * product
 
-        x0 = mean if keep_graph else mean.detach()
-        residual = self.measurement.residual(x0, observation)
-        u = self.weigh(_Point(x0, residual, as_time(t, x), alpha, sigma, covary))
+        noise, now = self.measurement.noise_std**2, as_time(t, x)
+        u = self.weigh(_Point(x0, tangent, residual, noise, now, alpha, sigma, covary))
         return x0 + covary(u)
+
+
+_NO_GRADIENT = (
+    "the model's output has no gradient in x: take it out of torch.no_grad and "
+    "torch.inference_mode, or use a model that depends on x"
+)
 
 
 class _Inpainted(CleanModel):
@@ -307,9 +362,11 @@ class _Inpainted(CleanModel):
         observation: Tensor | None,
     ) -> None:
         super().__init__(model, sde)
-        if mask.dtype is not torch.bool:
-            raise ArgumentError(f"the mask is {mask.dtype}: give bool, True where data are known")
-        self.mask, self.observation = mask, observation
+        if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
+            kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise ArgumentError(f"the mask is {kind}: give bool, True where data are known")
+        self.mask = mask
+        self.observation = None if observation is None else _real_tensor(observation)
 
     def cost(self, t: float) -> Cost:
         return cost_at(self.model, t)
@@ -318,10 +375,12 @@ class _Inpainted(CleanModel):
         y = cond.pop("observation", self.observation)
         if y is None:
             raise ArgumentError("there is no observation: give it to inpaint or to the verb")
+        y = _real_tensor(y)
         for name, value in (("mask", self.mask), ("observation", y)):
             if value.shape not in (x.shape, x.shape[1:]):
                 raise ShapeError(
                     f"{name} of shape {tuple(value.shape)} for x of shape {tuple(x.shape)}: "
-                    "give the shape of x, or of one event"
+                    "give the shape of x, or of one event; an observation for each sample of a "
+                    "verb is its condition observation="
                 )
         return torch.where(self.mask.to(x.device), y.to(x), self.model.predict("x0", x, t, **cond))

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scoresolve.errors import ArgumentError, ShapeError
+from scoresolve.errors import ArgumentError, ShapeError, check_output
 from scoresolve.models import Model
 from scoresolve.sde import GaussianSDE
 
@@ -86,7 +86,9 @@ class Denoised:
         with torch.enable_grad():
             self.x = x.detach().clone().requires_grad_()
             self.t = torch.tensor(level.t, dtype=x.dtype, device=x.device, requires_grad=True)
-            self.x0 = model.predict("x0", self.x, self.t.expand(len(x)), **cond)
+            x0 = model.predict("x0", self.x.clone(), self.t.expand(len(x)), **cond)
+        check_output(x0, x)
+        self.x0 = x0
 
     def pull_back(self, vector: Tensor, again: bool = False) -> Tensor:
         """(dx0/dx)^T times `vector`, shape of x; with a graph of its own if `again`."""
@@ -209,7 +211,7 @@ def check_differentiable(
     with torch.enable_grad():
         leaf = x.detach().clone().requires_grad_()
         t = torch.tensor(times[0], dtype=x.dtype, device=x.device, requires_grad=True)
-        value = network(leaf, t.expand(len(x)), **cond)
+        value = network(leaf.clone(), t.expand(len(x)), **cond)
         if not isinstance(value, Tensor):
             raise ShapeError(f"the model returned {type(value).__name__}: return a tensor")
         found: tuple[Tensor | None, ...] = (None, None)
@@ -222,7 +224,7 @@ def check_differentiable(
         )
     if in_time and (found[1] is None or not bool(found[1].any())):
         with torch.no_grad():
-            other = network(x, torch.full_like(t, times[1]).expand(len(x)), **cond)
+            other = network(x.clone(), torch.full_like(t, times[1]).expand(len(x)), **cond)
         if not torch.allclose(other, value, equal_nan=True):
             raise ArgumentError(
                 "the network's output has no derivative in its time (rounded timesteps, or an "

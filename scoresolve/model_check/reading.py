@@ -13,12 +13,12 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from scoresolve.errors import ArgumentError
+from scoresolve.errors import ArgumentError, check_output, whole_number
 from scoresolve.models import PREDICTIONS, Model, NetworkModel, as_model, conversion
 from scoresolve.noise import Philox, Purpose
 from scoresolve.sde import GaussianSDE, SchedulePoint
@@ -103,18 +103,32 @@ def check_model(
         A `ModelReport`; `print` shows it.
 
     Raises:
-        ArgumentError: the process is not Gaussian, or there are fewer than two data points.
+        ArgumentError: the process is not Gaussian, or the data are not floating point, fewer than
+            two points, not finite or one point.
+        Exception: what the network raises when it is called as declared, with a note of where.
     """
     if not isinstance(sde, GaussianSDE):
         raise ArgumentError(f"{sde} is not Gaussian: there is no denoising to compare with")
+    if not isinstance(data, Tensor):
+        raise ArgumentError(f"data is {type(data).__name__}: give a tensor [N, *event]")
     if data.ndim < 1 or data.shape[0] < 2 or not data.is_floating_point():
         raise ArgumentError("give at least two floating-point data points, [N, *event]")
+    if not bool(torch.isfinite(data).all()) or not bool(data.float().var(0).any()):
+        raise ArgumentError(
+            "the data are not finite, or are one point: there is nothing to denoise"
+        )
     model = as_model(score, sde)
+    # in y = x/alpha and sigma/alpha all Gaussian processes are one, so a model is asked in its own
+    if isinstance(score, Model) and isinstance(score.sde, GaussianSDE):
+        model = score
+    home = model.sde
+    assert isinstance(home, GaussianSDE)
     if isinstance(model, NetworkModel):
         declared, network = model.prediction, model.native
     else:
         declared, network = "score", model
-    errors = _all_errors(network, sde, data, seed, levels, cond)
+    found = _all_errors(network, sde, home, data, seed, whole_number("levels", levels), cond)
+    errors = found.errors
     readings = {
         key: Reading(*key, math.exp(sum(map(math.log, e)) / len(e)))
         for key, (_, e) in errors.items()
@@ -126,16 +140,22 @@ def check_model(
     ok = best is own and own.error < _TRAINED
     return ModelReport(
         ok=ok,
-        verdict=_verdict(own, best, ok),
+        verdict=_verdict(own, best, ok, found.not_finite),
         declared=own,
         best=best,
         levels=tuple(zip(*errors[declared, 1, "t"], strict=True)),
     )
 
 
-def _verdict(own: Reading, best: Reading, ok: bool) -> str:
+def _verdict(own: Reading, best: Reading, ok: bool, not_finite: list[float]) -> str:
     if ok:
         return f"the network denoises as declared: {own} (error {own.error:.2g} of a linear filter)"
+    if not_finite:
+        other = f"; read as {best} it has the error {best.error:.2g}" if best is not own else ""
+        return (
+            "as it was declared the network returns numbers that are not finite at t = "
+            f"{', '.join(f'{t:.4g}' for t in not_finite)}{other}"
+        )
     if best.error >= _TRAINED:
         return (
             f"read as {own} or any other way the network denoises worse than a linear filter "
@@ -154,39 +174,64 @@ def _verdict(own: Reading, best: Reading, ok: bool) -> str:
     )
 
 
+class _Found(NamedTuple):
+    """What was seen.
+
+    Attributes:
+        errors: times and relative errors by (prediction, sign, time), for every way to read the
+            network.
+        not_finite: times at which the network, called as declared, is not finite.
+    """
+
+    errors: dict[tuple[str, int, str], tuple[list[float], list[float]]]
+    not_finite: list[float]
+
+
 @torch.no_grad()
 def _all_errors(
     network: Callable[..., Tensor],
     sde: GaussianSDE,
+    home: GaussianSDE,
     data: Tensor,
     seed: int,
     levels: int,
     cond: dict[str, Any],
-) -> dict[tuple[str, int, str], tuple[list[float], list[float]]]:
-    """Times and relative errors by (prediction, sign, time) for every way to read the network."""
+) -> _Found:
+    """Reads a network of the process `home` in every way, at times of `sde`."""
     log_snr = torch.linspace(4.0, -3.0, levels, dtype=torch.float64)
-    times = sde.time_from_log_snr(log_snr).clamp(sde.t_min, sde.T).tolist()
-    variance = float(data.var(0, correction=0).mean())
-    noise = Philox(seed)
-    errors: dict[tuple[str, int, str], tuple[list[float], list[float]]] = {}
-    for level, t in enumerate(times):
-        at = SchedulePoint(*(float(value) for value in sde.point(t)))
-        eps = noise.normal(data, level, Purpose.OBJECTIVE)
-        x = at.alpha * data + at.sigma * eps
+    times = sde.time_from_log_snr(log_snr).clamp(sde.t_min, sde.T)
+    here = times if home == sde else home.time_from_log_snr(sde.log_snr(times))
+    # in half precision what is left of an error is rounding
+    clean = data.to(torch.promote_types(data.dtype, torch.float32))
+    variance = float(clean.var(0, correction=0).mean())
+    noise, found = Philox(seed), _Found({}, [])
+    for level, t in enumerate(here.clamp(home.t_min, home.T).tolist()):
+        at = SchedulePoint(*(float(value) for value in home.point(t)))
+        x = at.alpha * clean + at.sigma * noise.normal(clean, level, Purpose.OBJECTIVE)
+        given, told = x.to(data.dtype), float(times[level])
         filtered = variance * at.sigma**2 / (at.alpha**2 * variance + at.sigma**2)
         for name, time_of in _TIMES.items():
-            time = torch.full((len(data),), time_of(sde, t, at), dtype=data.dtype)
+            time = torch.full((len(data),), time_of(home, t, at), dtype=clean.dtype)
             try:
-                m = network(x, time.to(data.device), **cond)
-            except (RuntimeError, IndexError, ValueError):
-                if name == "t":
-                    raise
-                continue  # the network cannot take such a time, so it does not expect it
+                m = network(given.clone(), time.to(data.device), **cond)
+                check_output(m, given)
+            except Exception as error:
+                if name != "t":
+                    continue  # the network cannot take such a time, so it does not expect it
+                error.add_note(
+                    f"check_model called the network with x {tuple(given.shape)} in {given.dtype} "
+                    f"and t = {t:.6g}, noise level {level + 1} of {levels}"
+                )
+                raise
+            if name == "t" and not bool(torch.isfinite(m).all()):
+                found.not_finite.append(told)
             for prediction, sign in itertools.product(PREDICTIONS, (1, -1)):
                 u, w = conversion(prediction, "x0", at)
-                error = float((u * x + sign * w * m - data).square().mean())
-                relative = error / filtered if math.isfinite(error) else math.inf
-                seen = errors.setdefault((prediction, sign, name), ([], []))
-                seen[0].append(t)
-                seen[1].append(float(min(max(relative, 1e-12), 1e12)))
-    return {key: seen for key, seen in errors.items() if len(seen[0]) == len(times)}
+                off = u * given.to(clean) + sign * w * m.to(clean) - clean
+                relative = float(off.square().mean() / filtered)
+                bounded = min(max(relative, 1e-12), 1e12) if math.isfinite(relative) else 1e12
+                seen = found.errors.setdefault((prediction, sign, name), ([], []))
+                seen[0].append(told)
+                seen[1].append(bounded)
+    whole = {key: seen for key, seen in found.errors.items() if len(seen[0]) == levels}
+    return _Found(whole, found.not_finite)

@@ -23,7 +23,14 @@ from torch import Tensor
 
 from scoresolve.conditions import split_cond
 from scoresolve.driving import warn_of_dropout
-from scoresolve.errors import ArgumentError, ShapeError, known_name, real_number, whole_number
+from scoresolve.errors import (
+    ArgumentError,
+    ShapeError,
+    check_output,
+    known_name,
+    real_number,
+    whole_number,
+)
 from scoresolve.model_check.derivatives import (
     Denoised,
     Level,
@@ -115,8 +122,9 @@ def verify_model(
         A `ModelVerification`; `print` shows it, `.ok` is the verdict at `LIMITS`.
 
     Raises:
-        ArgumentError: the process is not Gaussian, the data are not floating point, not finite, too
-            few or all the same; or the network has no derivatives and more than denoising is asked.
+        ArgumentError: the process is not Gaussian, the data are not float32 or float64, not finite,
+            too few or all the same; or the network has no derivatives and more than denoising is
+            asked.
         ShapeError: `law` is over other events than the data.
         UnknownNameError: a quantity is unknown.
 
@@ -153,7 +161,7 @@ def verify_model(
         cond,
     )
     log_snrs = _log_snrs(levels, sde, run.home, data)
-    rows = tuple(run.measure(i, log_snr) for i, log_snr in enumerate(log_snrs))
+    rows = tuple(run.told(i, log_snr) for i, log_snr in enumerate(log_snrs))
     return ModelVerification(
         process=repr(sde),
         points=len(data),
@@ -175,6 +183,11 @@ def _check(sde: GaussianSDE, data: Tensor, law: GaussianMixture | None) -> None:
         raise ArgumentError(
             f"data is {data.dtype} of shape {tuple(data.shape)}: give floating-point data points, "
             "[N, *event]; integer levels are spread over their bins first"
+        )
+    if torch.finfo(data.dtype).eps > torch.finfo(torch.float32).eps:
+        raise ArgumentError(
+            f"data is {data.dtype}, in which errors and derivatives are rounding: give float32; a "
+            "network of lower precision is called in its own"
         )
     if len(data) < _FEWEST:
         raise ArgumentError(
@@ -236,6 +249,18 @@ class _Run:
         self.noise, self.cond = Philox(seed), cond
         self.linear = LinearFilter(self.data)
         self.evaluations = self.products = 0
+
+    def told(self, index: int, log_snr: float) -> NoiseLevel:
+        """`measure`; what the network raises gets a note of where."""
+        try:
+            return self.measure(index, log_snr)
+        except Exception as error:
+            shape, dtype = tuple(self.data.shape[1:]), self.data.dtype
+            error.add_note(
+                f"verify_model was at log-SNR {log_snr:.2f}, level {index + 1}, with points of "
+                f"shape {shape} in {dtype}, at most {self.chunk} at a time"
+            )
+            raise
 
     def measure(self, index: int, log_snr: float) -> NoiseLevel:
         """Everything at one level, whose noise is draw `index`."""
@@ -374,7 +399,9 @@ def _basis(x: Tensor) -> Tensor:
 @torch.no_grad()
 def _predict(model: Model, x: Tensor, level: Level, cond: dict[str, Any]) -> Tensor:
     t = torch.full((len(x),), level.t, dtype=x.dtype, device=x.device)
-    return model.predict("x0", x, t, **cond)
+    x0 = model.predict("x0", x.clone(), t, **cond)
+    check_output(x0, x)
+    return x0
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Estimate:

@@ -17,6 +17,7 @@ from scoresolve.errors import whole_number
 from scoresolve.kernels import ChainNoise, Kernel, as_target, get_kernel
 from scoresolve.models import check_energy, from_energy
 from scoresolve.noise import NoiseSource, as_noise
+from scoresolve.plans import check_state
 from scoresolve.sde import expand
 
 __all__ = ["contrastive_divergence", "negatives"]
@@ -65,7 +66,7 @@ def contrastive_divergence(
         seed=seed,
         noise=noise,
     )
-    return check_energy(energy(x), x) - check_energy(energy(ends), x)
+    return check_energy(energy(x.clone()), x) - check_energy(energy(ends), x)
 
 
 def negatives(
@@ -82,7 +83,7 @@ def negatives(
     """The ends of short Markov chains under exp(-energy).
 
     Args:
-        energy: [B, *event] to [B], differentiable.
+        energy: [B, *event] to [B], differentiable; it gets copies that it may write into.
         x: starts, [B, *event], floating point.
         kernel: a name of `scoresolve.kernels.KERNELS` or a kernel: "mala" for Langevin moves that
             are accepted or refused, "ula" for moves that all are accepted.
@@ -97,11 +98,12 @@ def negatives(
 
     Raises:
         ShapeError: `energy` does not return one number for each sample.
-        ArgumentError: `moves` or `step_size` is out of range.
+        ArgumentError: `moves` or `step_size` is out of range, or `x` is not floating point.
         UnknownNameError: no such kernel.
     """
     chosen, count = get_kernel(kernel, step_size), whole_number("moves", moves)
-    target = chosen.bind(as_target(from_energy(lambda y, _: energy(y))), x)
+    check_state(x)
+    target = chosen.bind(as_target(from_energy(lambda y, _: energy(y.clone()))), x)
     numbers = ChainNoise(as_noise(noise, seed), draw * (count + 1), chosen.copies)
     with torch.no_grad():
         h = chosen.step_sizes(len(x), slice(None), x)

@@ -23,6 +23,7 @@ from scoresolve.errors import ArgumentError, ShapeError, known_name, real_number
 from scoresolve.models import Model, as_model, combine, prediction_rows
 from scoresolve.noise import NoiseSource, Purpose, as_noise
 from scoresolve.objectives.times import TimeLaw, UniformTimes
+from scoresolve.plans import check_state
 from scoresolve.sde import GaussianSDE, expand
 
 __all__ = ["WEIGHTINGS", "denoising_loss", "denoising_score_matching"]
@@ -85,9 +86,10 @@ def denoising_score_matching(
 
     Raises:
         UnknownNameError: `weighting` is no such name.
-        ArgumentError: the process is not Gaussian, `x0` is not floating point, or the proposal
-            does not cover the interval of `times`.
-        ShapeError: the model returns another shape than that of `x0`.
+        ArgumentError: the process is not Gaussian, `x0` is not floating point, or a law is one of
+            another process, or the proposal does not cover the interval of `times`.
+        ShapeError: the model returns another shape than that of `x0`, or the weighting another
+            than that of its times.
 
     Source:
         Vincent 2011, "A connection between score matching and denoising autoencoders"; Song et al.
@@ -95,13 +97,19 @@ def denoising_score_matching(
         (likelihood); Salimans and Ho 2022 (2202.00512), section 4 (v); Karras et al. 2022
         (2206.00364), section 5 (EDM).
     """
-    target = times or UniformTimes(sde)
-    law = proposal or target
+    target = UniformTimes(sde) if times is None else times
+    law = target if proposal is None else proposal
+    for name, each in (("times", target), ("proposal", law)):
+        if not isinstance(each, TimeLaw):
+            raise ArgumentError(f"{name} is {type(each).__name__}: give a TimeLaw of the process")
+        if each.sde != sde:
+            raise ArgumentError(f"{name} is a law on the times of {each.sde}, not of {sde}")
     if law.low > target.low or law.high < target.high:
         raise ArgumentError(
             f"the proposal covers [{law.low:g}, {law.high:g}], the objective [{target.low:g}, "
             f"{target.high:g}]: give a proposal that is positive wherever the objective is"
         )
+    check_state(x0)
     source = as_noise(noise, seed)
     z = source.normal(x0, draw, Purpose.OBJECTIVE)
     t = law.draw(source, x0, draw, even)
@@ -143,15 +151,22 @@ def denoising_loss(
     sde = model.sde
     if not isinstance(sde, GaussianSDE):
         raise ArgumentError(f"the model's process is {sde}: give a model of a Gaussian process")
-    if not x0.ndim or t.shape != x0.shape[:1] or eps.shape != x0.shape:
+    check_state(x0)
+    if t.shape != x0.shape[:1] or eps.shape != x0.shape:
         raise ShapeError(
             f"t of shape {tuple(t.shape)} and eps of shape {tuple(eps.shape)} for x0 of shape "
             f"{tuple(x0.shape)}: give [B] and the shape of x0"
         )
     if isinstance(weighting, str):
         prediction = WEIGHTINGS[known_name("weighting", weighting, WEIGHTINGS)]
-    else:
+    elif callable(weighting):
         prediction = "eps"
+    else:
+        raise ArgumentError(
+            f"weighting is {type(weighting).__name__}: give a name of WEIGHTINGS, or a function "
+            "of the times"
+        )
+    t = t.to(torch.promote_types(t.dtype, torch.float32))
     mean, std = sde.marginal(x0, t)
     p, q = prediction_rows(prediction, sde.point(t))
     error = model.predict(prediction, mean + std * eps, t, **cond) - combine(q, eps, p, x0, t)
@@ -159,13 +174,17 @@ def denoising_loss(
     weight = _weight(weighting, sde, t, data_std)
     if weight is not None:
         square = expand(weight, x0, t) * square
-    return square.reshape(len(x0), -1).mean(1)
+    return square.reshape(len(x0), x0.shape[1:].numel()).mean(1)
 
 
 def _weight(weighting: Weighting, sde: GaussianSDE, t: Tensor, data_std: float) -> Tensor | None:
     """The weight of the squared error, [B], or None for 1."""
     if not isinstance(weighting, str):
-        return weighting(t)
+        weight: object = weighting(t)
+        if not isinstance(weight, Tensor) or weight.shape not in ((), t.shape):
+            what = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+            raise ShapeError(f"the weighting returned {what} for times {tuple(t.shape)}: give [B]")
+        return weight
     if weighting == "likelihood":
         return (sde.diffusion(t) / sde.sigma(t)) ** 2 / 2
     if weighting == "edm":

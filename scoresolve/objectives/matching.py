@@ -110,7 +110,7 @@ def _differentiate(
     graph = torch.is_grad_enabled()
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
-        s = score(leaf)
+        s = score(leaf.clone())  # which may write into it
     check_output(s, x)
 
     def product(v: Tensor) -> Tensor:
@@ -130,4 +130,4 @@ def _signs(x: Tensor, count: int, draw: int, noise: NoiseSource) -> list[Tensor]
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """Inner product of each row, [B]."""
-    return (a * b).reshape(len(a), -1).sum(1)
+    return (a * b).reshape(len(a), a.shape[1:].numel()).sum(1)

@@ -21,6 +21,9 @@ from scoresolve.sde import GaussianSDE, TimeLike, as_time
 __all__ = ["LogNormalTimes", "LogUniformTimes", "TimeLaw", "UniformTimes"]
 
 
+_MASS = 1e-6  # with less, quantiles of the normal law are rounded to its ends in float32
+
+
 class TimeLaw(ABC):
     """A law of times on an interval of a process.
 
@@ -38,8 +41,8 @@ class TimeLaw(ABC):
         if not isinstance(sde, GaussianSDE):
             raise ArgumentError(f"{sde} has no alpha and sigma: give a Gaussian process")
         self.sde = sde
-        self.low = sde.t_min if low is None else float(low)
-        self.high = sde.T if high is None else float(high)
+        self.low = sde.t_min if low is None else real_number("low", low)
+        self.high = sde.T if high is None else real_number("high", high)
         if not 0 <= self.low < self.high <= sde.T:
             raise ArgumentError(
                 f"low = {self.low:g}, high = {self.high:g}: give an interval within [0, {sde.T:g}]"
@@ -47,18 +50,19 @@ class TimeLaw(ABC):
 
     @abstractmethod
     def at(self, u: Tensor) -> Tensor:
-        """The times at the quantiles `u` in (0, 1), float64 of its shape."""
+        """The times at the quantiles `u` in (0, 1), of its shape and dtype."""
 
     @abstractmethod
     def density(self, t: TimeLike) -> Tensor:
         """The density at `t` inside the interval, with respect to time, shape of `t`."""
 
     def draw(self, noise: NoiseSource, like: Tensor, draw: int = 0, even: bool = False) -> Tensor:
-        """A time for each row of `like` [B, *event], [B] float64.
+        """A time for each row of `like` [B, *event], [B].
 
         Args:
             noise: source of randomness.
-            like: gives B and the device.
+            like: gives B, the device and the dtype, at least float32: not every device has
+                float64, and half precision would round times.
             draw: number of the draw.
             even: spread them evenly in the law from one random start, by B equal steps, which
                 lowers the variance of a mean over rows in random order.
@@ -66,15 +70,16 @@ class TimeLaw(ABC):
         Source:
             Kingma et al. 2021 (2107.00630), appendix I.1, for even times.
         """
-        column = torch.empty(len(like), 1, dtype=torch.float64, device=like.device)
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        column = torch.empty(len(like), 1, dtype=dtype, device=like.device)
         u = noise.uniform(column, draw, Purpose.PROBE)[:, 0]
-        if even:
-            u = (u[:1] + torch.arange(len(u), device=u.device) / len(u)) % 1
-        return self.at(u)
+        if even and len(u):
+            u = (u[:1] + torch.arange(len(u), dtype=dtype, device=u.device) / len(u)) % 1
+        return self.at(u).to(dtype).clamp(self.low, self.high)
 
     def _log_ratio(self, t: TimeLike) -> Tensor:
         """log k = log(sigma/alpha)."""
-        return -self.sde.log_snr(as_time(t).double()) / 2
+        return -self.sde.log_snr(as_time(t)) / 2
 
     def _rate(self, t: TimeLike) -> Tensor:
         """d log k / dt."""
@@ -86,7 +91,7 @@ class UniformTimes(TimeLaw):
     """Times even in t, as most networks are trained."""
 
     def at(self, u: Tensor) -> Tensor:
-        return self.low + (self.high - self.low) * u.double()
+        return self.low + (self.high - self.low) * u
 
     def density(self, t: TimeLike) -> Tensor:
         return torch.full_like(as_time(t), 1 / (self.high - self.low))
@@ -118,7 +123,7 @@ class LogUniformTimes(TimeLaw):
 
     def at(self, u: Tensor) -> Tensor:
         first, last = self._ends
-        return self.sde.time_from_log_snr(-2 * (first + (last - first) * u.double()))
+        return self.sde.time_from_log_snr(-2 * (first + (last - first) * u))
 
     def density(self, t: TimeLike) -> Tensor:
         return self._rate(t) / (self._ends[1] - self._ends[0])
@@ -132,7 +137,8 @@ class LogNormalTimes(TimeLaw):
         mean, std: of log(sigma/alpha); EDM's values if omitted.
 
     Raises:
-        ArgumentError: as `TimeLaw`, or `std` is not positive.
+        ArgumentError: as `TimeLaw`, `std` is not positive, or the interval has no share in the
+            normal law.
 
     Source:
         Karras et al. 2022 (2206.00364), table 1 and section 5.
@@ -150,10 +156,15 @@ class LogNormalTimes(TimeLaw):
         self.mean, self.std = real_number("mean", mean), real_number("std", std, above=0)
         ends = torch.stack([self._log_ratio(t) for t in (self.low, self.high)])
         self._masses = tuple(torch.special.ndtr((ends - self.mean) / self.std).tolist())
+        if not self._masses[1] - self._masses[0] > _MASS:
+            raise ArgumentError(
+                f"mean = {mean}, std = {std}: log(sigma/alpha) goes from {float(ends[0]):g} to "
+                f"{float(ends[1]):g}, where nothing of that normal law lies: give a mean within"
+            )
 
     def at(self, u: Tensor) -> Tensor:
         first, last = self._masses
-        z = torch.special.ndtri(first + (last - first) * u.double())
+        z = torch.special.ndtri(first + (last - first) * u)
         return self.sde.time_from_log_snr(-2 * (self.mean + self.std * z))
 
     def density(self, t: TimeLike) -> Tensor:

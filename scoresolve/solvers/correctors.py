@@ -87,8 +87,8 @@ class LangevinCorrector(_Langevin):
     is left out; it tends to 1 where the data show.
 
     Args:
-        snr: signal-to-noise ratio of a move, > 0. The paper takes 0.16 for its own rule; this one may
-            move further.
+        snr: signal-to-noise ratio of a move, > 0. The paper takes 0.16 for its own rule; this one
+            may move further.
         moves: moves per time, >= 1.
 
     Raises:
