@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from matplotlib.animation import FuncAnimation, writers
+from matplotlib.animation import FuncAnimation
 from matplotlib.figure import Figure
 
 from scoresolve.digits import load_digits, load_network, to_unit
@@ -23,15 +23,13 @@ from scoresolve.plot.flows import plot_brownian, plot_flow, plot_paths, plot_sco
 from scoresolve.plot.four_points import plot_four_points
 from scoresolve.plot.motion import animate_flow, animate_score
 from scoresolve.plot.samples import plot_images, plot_samples
+from scoresolve.plot.saving import WRITERS, require_writer, save_figure, save_film
 from scoresolve.plot.verification import plot_verification
 from scoresolve.sampling import DEFAULT_SOLVER, sample
 from scoresolve.sde import EDM, VP
 from scoresolve.targets import GaussianMixture, ring
 
 __all__ = ["PICTURES", "Picture", "picture", "save_picture"]
-
-MOVING = {".gif": "pillow", ".mp4": "ffmpeg"}
-"""Suffixes of moving pictures, and what matplotlib writes them with."""
 
 
 @dataclass(frozen=True)
@@ -160,17 +158,16 @@ def save_picture(name: str, path: str | Path) -> None:
 
     Raises:
         UnknownNameError: no such picture.
-        ArgumentError: it does not move, or the program that writes such files is not installed.
+        ArgumentError: it does not move, or there is nothing that writes such files.
+        OSError: the file cannot be written.
     """
     path = Path(path)
     found = PICTURES[known_name("picture", name, PICTURES)]
-    if path.suffix not in MOVING:
-        found.draw().savefig(path, bbox_inches="tight")
+    if path.suffix.lower() not in WRITERS:
+        save_figure(found.draw(), path)
         return
-    writer = MOVING[path.suffix]
     if found.animate is None:
         moving = [known for known, each in PICTURES.items() if each.animate]
         raise ArgumentError(f"{name!r} does not move: write it as .png, or take one of {moving}")
-    if not writers.is_available(writer):
-        raise ArgumentError(f"{path.suffix} files are written by {writer}, which is not installed")
-    found.animate().save(path, writer=writer, fps=15)
+    require_writer(path)
+    save_film(found.animate(), path)
