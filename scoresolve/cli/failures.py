@@ -155,7 +155,7 @@ class Group(click.Group):
             traced()
             if isinstance(error, ScoresolveError):
                 _end(str(error), WRONG_CALL)
-            if raised and not _is_memory(error):
+            if calls is not None and raised and not _is_memory(error):
                 words = f"the model {calls.name} raised {first_line(error)}, {calls.where()}"
                 _end(f"{words}; --traceback shows the line", BROKEN_OFF)
             _end(_sentence(error), BROKEN_OFF)

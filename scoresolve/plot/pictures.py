@@ -24,6 +24,7 @@ from scoresolve.plot.four_points import plot_four_points
 from scoresolve.plot.motion import animate_flow, animate_score
 from scoresolve.plot.samples import plot_images, plot_samples
 from scoresolve.plot.saving import WRITERS, require_writer, save_figure, save_film
+from scoresolve.plot.style import on_host
 from scoresolve.plot.verification import plot_verification
 from scoresolve.sampling import DEFAULT_SOLVER, sample
 from scoresolve.sde import EDM, VP
@@ -51,11 +52,13 @@ def _lobes() -> GaussianMixture:
     return GaussianMixture([0.4, 0.3, 0.3], means, covariances)
 
 
+@on_host
 def _mixing() -> Chains:
     start = torch.zeros(50, 2, dtype=torch.float64)
     return run_chains(_lobes(), x=start, kernel="mala", steps=1000, warmup=200)
 
 
+@on_host
 def _samples() -> Figure:
     mixture, sde = ring(std=0.3), VP()
     panels = {
@@ -75,11 +78,13 @@ def _samples() -> Figure:
     return plot_samples(panels, mixture)
 
 
+@on_host
 def _digits() -> Figure:
     out = sample(from_denoiser(load_network()), EDM(), shape=(100, 1, 8, 8), nfe=20)
     return plot_images({f"100 digits, {out.nfe} network calls": out.x})
 
 
+@on_host
 def _verified() -> dict[str, ModelVerification]:
     held_out, mixture = load_digits("test").levels[:160], class_mixture()
     spread = Philox(0).uniform(torch.empty(held_out.shape), 0, Purpose.DEQUANTISE)
@@ -144,6 +149,7 @@ PICTURES: dict[str, Picture] = {
 """Pictures by name."""
 
 
+@on_host
 def picture(name: str) -> Figure:
     """The picture of the given name of `PICTURES`.
 
@@ -153,6 +159,7 @@ def picture(name: str) -> Figure:
     return PICTURES[known_name("picture", name, PICTURES)].draw()
 
 
+@on_host
 def save_picture(name: str, path: str | Path) -> None:
     """Write the picture `name` of `PICTURES`, moving if the suffix of `path` is .gif or .mp4.
 
