@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -350,8 +349,26 @@ def test_output_that_does_not_arrive_is_an_error() -> None:
         ended = subprocess.run(call, stdout=full, stderr=subprocess.PIPE, text=True)
     assert ended.returncode == 3
     assert ended.stderr == "scoresolve: the output: No space left on device\n"
-    reader, writer = os.pipe()
-    os.close(reader)
-    ended = subprocess.run(call, stdout=writer, stderr=subprocess.PIPE, text=True)
-    os.close(writer)
-    assert (ended.returncode, ended.stderr) == (141, "")
+
+
+def test_output_that_nobody_reads_ends_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(*_: object, **__: object) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("click.echo", closed)
+    result = run("plot", "--list")
+    assert (result.exit_code, result.stderr) == (141, "")
+
+
+def test_files_that_hold_something_else_are_refused(folder: Path) -> None:
+    np.save(folder / "one.npy", np.array(1.0))
+    np.savez(folder / "none.npz")
+    (folder / "junk.safetensors").write_text("junk")
+    for call, words in (
+        (("likelihood", "--target", "ring", "--data", "one.npy"), "holds one number"),
+        (("likelihood", "--target", "ring", "--data", "none.npz"), "holds nothing"),
+        (("sample", "--weights", "junk.safetensors", "--count", "2"), "cannot be read as weights"),
+    ):
+        result = run(*call)
+        assert result.exit_code == 2
+        assert words in result.output

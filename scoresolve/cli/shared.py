@@ -280,9 +280,15 @@ def _resolve(
         mixture = target_of(target)
         return mixture.score_model(sde), sde, mixture.event_shape
     if model is None:
+        from safetensors import SafetensorError
+
         from scoresolve.digits import load_network
 
-        return ss.from_denoiser(load_network(weights)), sde, (1, 8, 8)
+        try:
+            network = load_network(weights)
+        except SafetensorError as error:
+            raise click.BadParameter(f"{weights} cannot be read as weights: {error}") from None
+        return ss.from_denoiser(network), sde, (1, 8, 8)
     net, calls = _load(model), Calls(model)
     if isinstance(net, ss.Model):
         if prediction is not None:
@@ -357,8 +363,12 @@ def read_array(path: Path) -> Tensor:
     except (EOFError, TypeError, ValueError, BadZipFile, SafetensorError) as error:
         raise click.BadParameter(f"{path} cannot be read as arrays: {error}") from None
     if "x" not in arrays and len(arrays) != 1:
-        raise click.BadParameter(f"{path} holds {', '.join(arrays)}: name one array x")
-    return arrays.get("x", next(iter(arrays.values())))
+        held = ", ".join(arrays) or "nothing"
+        raise click.BadParameter(f"{path} holds {held}: name one array x")
+    x = arrays["x"] if "x" in arrays else next(iter(arrays.values()))
+    if not x.ndim:
+        raise click.BadParameter(f"{path} holds one number: give an array [N, *event]")
+    return x
 
 
 def device_of(name: str | None) -> torch.device | None:
