@@ -25,7 +25,8 @@ from benchmarks import (
 )
 from benchmarks.record import Record, Row, text_table
 from benchmarks.report import write_report
-from scoresolve.cli.shared import OutFile
+from scoresolve.cli.failures import Group
+from scoresolve.cli.shared import FOLDER, OutFile, overwrite_option, require_free
 
 Measure = Callable[[], list[Row]]
 
@@ -124,7 +125,7 @@ BENCHMARKS: dict[str, Benchmark] = {
 }
 
 
-@click.group()
+@click.group(cls=Group)
 def main() -> None:
     """Measure solvers, ours and those of other libraries, and draw what was measured."""
 
@@ -138,6 +139,7 @@ def _command(name: str, benchmark: Benchmark) -> click.Command:
         type=OutFile(),
         help="Keep the figures, with versions and machine, in this file.",
     )
+    @overwrite_option
     def run(full: bool, path: Path | None) -> None:
         begin = time.perf_counter()
         try:
@@ -161,13 +163,15 @@ for _name, _benchmark in BENCHMARKS.items():
 @click.argument(
     "files", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, dir_okay=False)
 )
-@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False))
+@click.option("--out", required=True, type=FOLDER)
+@overwrite_option
 def report(files: tuple[Path, ...], out: Path) -> None:
     """Tables and plots of the records in FILES, into the folder OUT."""
     try:
         records = [Record.load(path) for path in files]
     except ValueError as error:
         raise click.ClickException(str(error)) from error
+    require_free(out, ["report.md"])
     click.echo(write_report(records, out))
 
 

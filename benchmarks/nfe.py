@@ -29,6 +29,7 @@ from torch import Tensor
 import scoresolve as ss
 from benchmarks.absent import absent
 from scoresolve.digits import load_network
+from scoresolve.files import whole_file
 from scoresolve.metrics import class_mixture
 from scoresolve.models import Model, from_denoiser
 from scoresolve.peers import PEERS, Peer, installed
@@ -244,8 +245,9 @@ def _reference(model: Model, sde: GaussianSDE, x: Tensor) -> Tensor:
         tolerance = 1e-10 if isinstance(model, MixtureModel) else 1e-8  # networks are dear
         exact = ss.sample(model, sde, x=x, solver=DormandPrince(tolerance, tolerance)).x
         path.parent.mkdir(exist_ok=True)
-        torch.save(exact, path)
-    found: Tensor = torch.load(path)
+        with whole_file(path) as aside:  # another process may read it by now
+            torch.save(exact, aside)
+    found: Tensor = torch.load(path, weights_only=True)
     return found
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 import scoresolve
+from scoresolve.files import write_whole
 from scoresolve.json_text import json_text
 
 __all__ = ["Record", "Row", "machine", "text_table", "versions"]
@@ -113,7 +114,7 @@ class Record:
 
     def save(self, path: Path) -> None:
         """Write it as JSON."""
-        path.write_text(json_text(asdict(self)) + "\n")
+        write_whole(path, json_text(asdict(self)) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Record:
@@ -123,7 +124,7 @@ class Record:
             ValueError: the file is not such a record.
         """
         try:
-            return cls(**json.loads(path.read_text()))
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"{path} is not a record of a benchmark: give a file that --json wrote"

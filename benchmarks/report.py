@@ -14,6 +14,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from benchmarks.record import Record, Row, columns
+from scoresolve.files import write_whole
+from scoresolve.plot import save_figure
 from scoresolve.plot.style import COLOURS, colour, label, line, log_log, new_figure
 
 __all__ = ["CHARTS", "Bars", "Lines", "markdown_table", "write_report"]
@@ -204,9 +206,9 @@ def write_report(records: Sequence[Record], folder: Path) -> Path:
         pictures = []
         for end, figure in _figures(record).items():
             name = re.sub(r"\W+", "_", f"{number}_{record.name}_{end}") + ".png"
-            figure.savefig(folder / name)
+            save_figure(figure, folder / name)
             pictures.append(name)
         sections.append(_section(record, pictures))
     page = folder / "report.md"
-    page.write_text("\n\n".join(["# Benchmarks", *sections]) + "\n")
+    write_whole(page, "\n\n".join(["# Benchmarks", *sections]) + "\n")
     return page

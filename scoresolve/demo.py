@@ -8,7 +8,6 @@ every start is known. It leaves pictures, all figures as JSON and one report pag
 from __future__ import annotations
 
 import base64
-import json
 import math
 import platform
 import time
@@ -21,14 +20,19 @@ from string import Template
 import torch
 
 from scoresolve.digits import BIN_WIDTH, load_digits, load_network, to_unit
+from scoresolve.files import write_whole
+from scoresolve.json_text import json_text
 from scoresolve.likelihood import Likelihood, log_likelihood
 from scoresolve.metrics import BUDGETS, METHODS, Comparison, Method, class_mixture, compare
 from scoresolve.models import from_denoiser
-from scoresolve.plot import plot_images, plot_strong_errors
+from scoresolve.plot import plot_images, plot_strong_errors, save_figure
 from scoresolve.sampling import DEFAULT_SOLVER, sample
 from scoresolve.sde import EDM, VP
 
-__all__ = ["DemoReport", "DemoSettings", "run_demo"]
+__all__ = ["FILES", "DemoReport", "DemoSettings", "run_demo"]
+
+FILES = ("report.html", "report.json", "digits.png", "solvers.png")
+"""What the demo writes."""
 
 
 @dataclass(frozen=True)
@@ -165,10 +169,10 @@ def run_demo(out: Path, settings: DemoSettings | None = None) -> DemoReport:
         seconds=seconds,
         page=out / "report.html",
     )
-    digits.savefig(out / "digits.png", bbox_inches="tight")
-    solvers.savefig(out / "solvers.png", bbox_inches="tight")
-    (out / "report.json").write_text(json.dumps(asdict(report), indent=2, default=str))
-    report.page.write_text(_page(report, out), encoding="utf-8")
+    save_figure(digits, out / "digits.png")
+    save_figure(solvers, out / "solvers.png")
+    write_whole(out / "report.json", json_text({**asdict(report), "page": str(report.page)}))
+    write_whole(report.page, _page(report, out))
     return report
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -226,3 +229,146 @@ def test_an_interrupt_gives_exit_code_130(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(ss, "sample", interrupted)
     assert run("sample", "--target", "ring", "--count", "2").exit_code == 130
+
+
+def test_an_interrupted_list_of_certificates_shows_those_that_are_done(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    certify = ss.certify
+
+    def stopped(name: str, *values: object) -> ss.Certificate:
+        if name == "heun":
+            raise KeyboardInterrupt
+        return certify(name, *values)
+
+    monkeypatch.setattr(ss, "certify", stopped)
+    result = run("certify", "ddim", "heun", "--json")
+    assert result.exit_code == 130
+    assert [each["solver"] for each in json.loads(result.stdout)] == ["ddim"]
+
+
+OWN = """
+import torch
+def lost(x, t):
+    raise KeyError("lost")
+def late(x, t):
+    if t.flatten()[0] < 0.5: raise ValueError("too late")
+    return -x
+def leaves(x, t): raise SystemExit(0)
+def memory(x, t): raise MemoryError("no more")
+class Net(torch.nn.Module):
+    def forward(self, x, t): return 1 / 0
+net = Net()
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("lost", "the model own_nets:lost raised KeyError: 'lost', in its call 1, at t = 1;"),
+        ("late", "raised ValueError: too late, in its call 4, at t = 0.25"),
+        ("leaves", "raised SystemExit: 0, in its call 1"),
+        ("net", "raised ZeroDivisionError: division by zero, in its call 1"),
+        ("memory", "out of memory"),
+    ],
+)
+def test_a_model_that_raises_is_told_with_its_call_and_time(
+    name: str, words: str, folder: Path
+) -> None:
+    (folder / "own_nets.py").write_text(OWN)
+    call = ("sample", "--model", f"own_nets:{name}", "--shape", "2,2", "--steps", "4")
+    result = run(*call, "--solver", "ddim", "--grid", "uniform")
+    assert (result.exit_code, len(result.stderr.splitlines())) == (3, 1)
+    assert words in result.stderr
+    assert "Traceback" in run(*call, "--traceback").stderr
+
+
+@pytest.mark.parametrize(
+    ("reference", "words"),
+    [
+        (".own:net", "give the module's whole name, own:net"),
+        ("sub/own.py:net", "as sub.own:net"),
+        ("raises:net", "importing raises raised ZeroDivisionError"),
+        ("exits:net", "importing exits raised SystemExit: 7"),
+        ("needs:net", "No module named 'not_installed'"),
+        ("sub:net", "folder without __init__.py"),
+        ("good:nett", "did you mean net, Net?"),
+        ("good:Net", "is a class: name an object"),
+        ("good", "give MODULE:NAME"),
+    ],
+)
+def test_a_model_that_cannot_be_had_is_refused_in_words(
+    reference: str, words: str, folder: Path
+) -> None:
+    (folder / "sub").mkdir()
+    (folder / "raises.py").write_text("1 / 0")
+    (folder / "exits.py").write_text("raise SystemExit(7)")
+    (folder / "needs.py").write_text("import not_installed")
+    (folder / "good.py").write_text("class Net: ...\ndef net(x, t): return -x\n")
+    result = run("sample", "--model", reference, "--shape", "2,2")
+    assert result.exit_code == 2
+    assert words in result.output
+
+
+def test_a_file_is_replaced_only_when_told(folder: Path) -> None:
+    call = ("sample", "--target", "ring", "--count", "2", "--nfe", "4", "--out", "x.npz")
+    (folder / "x.npz").write_text("dear")
+    result = run(*call)
+    assert (result.exit_code, (folder / "x.npz").read_text()) == (2, "dear")
+    assert "x.npz exists: give --overwrite" in result.output
+    assert run(*call, "--overwrite").exit_code == 0
+    assert np.load(folder / "x.npz")["x"].shape == (2, 2)
+    (folder / "scoresolve-demo").mkdir()
+    (folder / "scoresolve-demo" / "report.html").write_text("dear")
+    assert "holds report.html: give --overwrite" in run("demo").output
+    (folder / "grids.png").write_text("dear")
+    assert "grids.png exists" in run("plot", "grids").output
+
+
+def test_a_disk_that_is_full_leaves_the_old_file(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, **_: object) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    (folder / "x.npz").write_text("dear")
+    call = ("sample", "--target", "ring", "--count", "2", "--nfe", "4", "--out", "x.npz")
+    result = run(*call, "--overwrite")
+    assert result.exit_code == 3
+    assert "scoresolve: x.npz: No space left on device\n" in result.stderr
+    assert [path.name for path in folder.iterdir()] == ["x.npz"]
+    assert (folder / "x.npz").read_text() == "dear"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_output_that_does_not_arrive_is_an_error() -> None:
+    call = [sys.executable, "-m", "scoresolve.cli", "plot", "--list"]
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(call, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 3
+    assert ended.stderr == "scoresolve: the output: No space left on device\n"
+
+
+def test_output_that_nobody_reads_ends_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(*_: object, **__: object) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("click.echo", closed)
+    result = run("plot", "--list")
+    assert (result.exit_code, result.stderr) == (141, "")
+
+
+def test_files_that_hold_something_else_are_refused(folder: Path) -> None:
+    np.save(folder / "one.npy", np.array(1.0))
+    np.savez(folder / "none.npz")
+    (folder / "junk.safetensors").write_text("junk")
+    for call, words in (
+        (("likelihood", "--target", "ring", "--data", "one.npy"), "holds one number"),
+        (("likelihood", "--target", "ring", "--data", "none.npz"), "holds nothing"),
+        (("sample", "--weights", "junk.safetensors", "--count", "2"), "cannot be read as weights"),
+    ):
+        result = run(*call)
+        assert result.exit_code == 2
+        assert words in result.output

@@ -38,6 +38,7 @@ from scoresolve.plot.flows import forward
 
 SLOW = ("solvers", "four_points")
 LINE = ss.GaussianMixture([0.5, 0.5], [[-1.0], [1.0]], [0.04, 0.04])
+RING = ss.targets.ring()
 SHORT = {
     "flow": lambda: animate_flow(LINE, samples=50, frames=2),
     "score": lambda: animate_score(ss.targets.ring(), samples=10, frames=2),
@@ -186,3 +187,31 @@ def test_other_figures_take_what_a_user_has() -> None:
     assert plot_samples({"mine": torch.randn(20, 2)}).axes
     assert plot_images({"mine": torch.zeros(3, 1, 8, 8)}).axes
     assert plot_flow(ss.GaussianMixture([1.0], [[0.5]], [0.1])).axes
+
+
+def test_pictures_are_drawn_in_any_default_dtype_and_on_any_default_device() -> None:
+    learned = texts(plot_four_points(paths=4, steps=2))
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert len(texts(plot_four_points(paths=4, steps=2))) == len(learned)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        assert plot_flow(LINE, paths=2, steps=4).axes
+        film = animate_score(RING, samples=4, frames=1)
+        film._draw_frame(1)
+
+
+def test_points_without_density_move_as_samples_do() -> None:
+    points = ss.GaussianMixture.from_data([[-15.0], [1.0]])
+    film = animate_flow(points, samples=20, frames=2)
+    low, high = film._fig.axes[0].get_ylim()
+    assert low == 0 < high < float("inf")
+    film._draw_frame(0)
+
+
+def test_a_picture_is_of_a_kind_that_matplotlib_writes(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match=r"written as .*\.png"):
+        save_picture("grids", tmp_path / "grids.txt")
+    save_picture("grids", tmp_path / "grids.PNG")
+    assert [path.name for path in tmp_path.iterdir()] == ["grids.PNG"]

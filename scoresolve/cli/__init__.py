@@ -1,16 +1,13 @@
 """The command line: the verbs, certificates and pictures for a shell.
 
-Exit codes: 0 done, 1 a certificate, a model or a sample failed, 2 the call cannot be right,
-130 interrupted.
+`failures` lists the exit codes.
 """
 
 from __future__ import annotations
 
-import warnings
-from typing import Any
-
 import click
 
+from scoresolve.cli.failures import Group
 from scoresolve.cli.models import likelihood, sample, verify
 from scoresolve.cli.pictures import demo, plot
 from scoresolve.cli.proof import audit, certify, distances, solvers
@@ -18,28 +15,7 @@ from scoresolve.cli.proof import audit, certify, distances, solvers
 __all__ = ["main"]
 
 
-class _Group(click.Group):
-    """Shows the package's own errors and all warnings as one line; errors exit with code 2."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        from scoresolve.errors import ScoresolveError
-
-        def warn(message: Warning | str, *_: object, **__: object) -> None:
-            click.echo(f"scoresolve: warning: {message}", err=True)
-
-        try:
-            with warnings.catch_warnings():
-                warnings.showwarning = warn
-                return super().invoke(ctx)
-        except ScoresolveError as error:
-            click.echo(f"scoresolve: {error}", err=True)
-            ctx.exit(2)
-        except KeyboardInterrupt:
-            click.echo("scoresolve: interrupted", err=True)
-            ctx.exit(130)
-
-
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="scoresolve")
 def main() -> None:
     """Samples, likelihoods and proofs for score models.

@@ -16,10 +16,12 @@ if TYPE_CHECKING:
 
 from scoresolve.cli.shared import (
     ARRAYS,
+    DATA,
     PICTURE,
     device_of,
     leave,
     model_options,
+    overwrite_option,
     read_array,
     save_arrays,
     sizes_of,
@@ -44,6 +46,7 @@ __all__ = ["likelihood", "sample", "verify"]
 @click.option("--device", help="As torch names it, e.g. cuda.")
 @click.option("--out", type=ARRAYS, default="samples.safetensors", show_default=True)
 @click.option("--png", type=PICTURE, help="Also draw them: images, or points in the plane.")
+@overwrite_option
 def sample(
     score: Model | Callable[..., Tensor],
     sde: GaussianSDE,
@@ -89,12 +92,10 @@ def sample(
     )
     save_arrays(out, {"x": found.x, "status": found.status})
     if png is not None:
-        from scoresolve.plot import plot_images, plot_samples
+        from scoresolve.plot import plot_images, plot_samples, save_figure
 
         draw = plot_images if images else plot_samples
-        draw({f"{len(found.x)} samples, {found.nfe} calls": found.x}).savefig(
-            png, bbox_inches="tight"
-        )
+        save_figure(draw({f"{len(found.x)} samples, {found.nfe} calls": found.x}), png)
     good = int(found.ok.sum())
     click.echo(f"{good} of {len(found.x)} samples good, {found.nfe} network calls, in {out}")
     leave(found.status)
@@ -102,7 +103,7 @@ def sample(
 
 @click.command()
 @model_options
-@click.option("--data", type=click.Path(exists=True, path_type=Path), help="An array [N, ...].")
+@click.option("--data", type=DATA, help="An array [N, ...].")
 @click.option("--count", type=click.IntRange(min=1), help="Take the first so many.")
 @click.option("--solver", default="auto", show_default=True)
 @click.option("--cost", type=int, help="Evaluations and products per sample, for auto; 200.")
@@ -113,6 +114,7 @@ def sample(
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--chunk", type=int, help="Samples to work on at a time.")
 @click.option("--out", type=ARRAYS, help="Save log-densities and latents.")
+@overwrite_option
 def likelihood(
     score: Model | Callable[..., Tensor],
     sde: GaussianSDE,
@@ -161,7 +163,7 @@ def _mean(values: Tensor) -> str:
 
 @click.command()
 @model_options
-@click.option("--data", type=click.Path(exists=True, path_type=Path), help="An array [N, ...].")
+@click.option("--data", type=DATA, help="An array [N, ...].")
 @click.option("--count", type=click.IntRange(min=1), help="Take the first so many.")
 @click.option("--levels", type=click.IntRange(min=1), help="Noise levels.  [8]")
 @click.option("--points", type=click.IntRange(min=2), help="Points to take all derivatives at.")
@@ -169,6 +171,7 @@ def _mean(values: Tensor) -> str:
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @click.option("--png", type=PICTURE, help="Also draw it.")
+@overwrite_option
 def verify(
     score: Model | Callable[..., Tensor],
     sde: GaussianSDE,
@@ -209,9 +212,9 @@ def verify(
         raise click.UsageError("give --data")
     found = ss.verify_model(score, sde, x[:count], law=law, **options)
     if png is not None:
-        from scoresolve.plot import plot_verification
+        from scoresolve.plot import plot_verification, save_figure
 
-        plot_verification({f"{len(x[:count])} points": found}).savefig(png, bbox_inches="tight")
+        save_figure(plot_verification({f"{len(x[:count])} points": found}), png)
     click.echo(found.to_json() if as_json else str(found))
     if not found.ok:
         raise SystemExit(1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,16 +14,29 @@ if TYPE_CHECKING:
     pass
 
 from scoresolve.cli.shared import (
+    DATA,
     PAGE,
     PROCESSES,
     REPORT,
     TARGETS,
+    overwrite_option,
     process_of,
     read_array,
     target_of,
 )
+from scoresolve.files import write_whole
 
 __all__ = ["audit", "certify", "distances", "solvers"]
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[KeyboardInterrupt]]:
+    """Ends the block at a keyboard interrupt and keeps it, so that what is done can be shown."""
+    seen: list[KeyboardInterrupt] = []
+    try:
+        yield seen
+    except KeyboardInterrupt as interrupt:
+        seen.append(interrupt)
 
 
 @click.command()
@@ -31,6 +46,7 @@ __all__ = ["audit", "certify", "distances", "solvers"]
 @click.option("--sde-option", "process_options", multiple=True, metavar="KEY=NUMBER")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @click.option("--page", type=PAGE, help="Also write a page with pictures.")
+@overwrite_option
 def certify(
     solvers: tuple[str, ...],
     everything: bool,
@@ -55,7 +71,10 @@ def certify(
     for name in names:
         get_solver(name)
     sde = process_of(process, process_options)
-    certificates = [ss.certify(name, sde) for name in tqdm(names, disable=None, unit="solver")]
+    certificates = []
+    with _interrupts() as stopped:
+        for name in tqdm(names, disable=None, unit="solver"):
+            certificates.append(ss.certify(name, sde))
     if as_json:
         click.echo(json.dumps([json.loads(c.to_json()) for c in certificates], indent=2))
     else:
@@ -63,7 +82,9 @@ def certify(
     if page is not None:
         from scoresolve.audits import certificate_page
 
-        page.write_text(certificate_page(certificates), encoding="utf-8")
+        write_whole(page, certificate_page(certificates))
+    if stopped:
+        raise stopped[0]
     if not all(certificate.passed for certificate in certificates):
         raise SystemExit(1)
 
@@ -73,6 +94,7 @@ def certify(
 @click.option("--only", multiple=True, metavar="REGEX", help="Samplers with such a name.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 @click.option("--out", type=REPORT, help="Also write the report, as .md, .html or .json.")
+@overwrite_option
 def audit(
     libraries: tuple[str, ...], only: tuple[str, ...], as_json: bool, out: Path | None
 ) -> None:
@@ -87,22 +109,25 @@ def audit(
 
     for library in libraries:
         chosen_boxes(library, only)  # refused before any of them is run
-    audits = [ss.audit(library, only=only, progress=True) for library in libraries]
+    audits = []
+    with _interrupts() as stopped:
+        for library in libraries:
+            audits.append(ss.audit(library, only=only, progress=True))
     text = "[" + ",\n".join(found.to_json() for found in audits) + "]"
     click.echo(text if as_json else "\n\n".join(map(str, audits)))
     if out is not None:
         write = {".md": lambda: pages(audits), ".html": lambda: audit_page(audits)}
-        out.write_text(write.get(out.suffix, lambda: text)(), encoding="utf-8")
+        write_whole(out, write.get(out.suffix, lambda: text)())
+    if stopped:
+        raise stopped[0]
     if not all(found.passed for found in audits):
         raise SystemExit(1)
 
 
 @click.command()
-@click.argument("samples", type=click.Path(exists=True, path_type=Path))
+@click.argument("samples", type=DATA)
 @click.option("--target", type=click.Choice(TARGETS), help="The mixture they should be from; or")
-@click.option(
-    "--reference", type=click.Path(exists=True, path_type=Path), help="a file of other samples."
-)
+@click.option("--reference", type=DATA, help="a file of other samples.")
 @click.option(
     "--sde",
     "process",

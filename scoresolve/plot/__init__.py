@@ -19,6 +19,7 @@ from scoresolve.plot.four_points import learn_four_points, plot_four_points
 from scoresolve.plot.motion import animate_flow, animate_score
 from scoresolve.plot.pictures import PICTURES, Picture, picture, save_picture
 from scoresolve.plot.samples import plot_images, plot_samples
+from scoresolve.plot.saving import save_figure, save_film
 from scoresolve.plot.verification import plot_verification
 
 __all__ = [
@@ -43,5 +44,7 @@ __all__ = [
     "plot_score",
     "plot_strong_errors",
     "plot_verification",
+    "save_figure",
+    "save_film",
     "save_picture",
 ]

@@ -13,7 +13,7 @@ from scoresolve.errors import known_name
 from scoresolve.monte_carlo import Chains, run_chains
 from scoresolve.plot.motion import PAUSE, moving
 from scoresolve.plot.samples import shade_plane
-from scoresolve.plot.style import COLOURS, FAINT, INK, colour, label, line, new_figure
+from scoresolve.plot.style import COLOURS, FAINT, INK, colour, label, line, new_figure, on_host
 from scoresolve.targets import GaussianMixture
 
 __all__ = ["animate_chains", "plot_chains", "plot_diagnostics"]
@@ -22,6 +22,7 @@ KERNELS = {"ula": (0.05, 1), "mala": (0.05, 1), "baoab": (0.15, 1), "hmc": (0.15
 """Kernels that are shown, their step sizes and the score calls of a step."""
 
 
+@on_host
 def plot_chains(
     mixture: GaussianMixture, chains: int = 4, calls: int = 400, seed: int = 0
 ) -> Figure:
@@ -49,6 +50,7 @@ def plot_chains(
     return figure
 
 
+@on_host
 def animate_chains(
     mixture: GaussianMixture,
     kernel: str = "mala",
@@ -97,6 +99,7 @@ def _states(
     return torch.cat([x[None], found.samples]), found.nfe
 
 
+@on_host
 def plot_diagnostics(chains: Chains, shown: int = 4) -> Figure:
     """How the worst coordinate of some chains mixes.
 

@@ -21,6 +21,7 @@ from scoresolve.plot.style import (
     line,
     log_log,
     new_figure,
+    on_host,
 )
 from scoresolve.sampling import plan
 from scoresolve.sde import VP, GaussianSDE
@@ -28,6 +29,7 @@ from scoresolve.sde import VP, GaussianSDE
 __all__ = ["plot_certificate", "plot_grids", "plot_orders", "plot_strong_errors"]
 
 
+@on_host
 def plot_orders(
     solvers: Sequence[str] = ("ddim", "dpmpp_2m", "heun", "ab3_v", "ab4_v", "ddpm"),
     sde: GaussianSDE | None = None,
@@ -68,6 +70,7 @@ def plot_orders(
     return figure
 
 
+@on_host
 def plot_certificate(certificate: Certificate) -> Figure:
     """Errors against steps by quantity, as `certify` measured them.
 
@@ -95,6 +98,7 @@ def plot_certificate(certificate: Certificate) -> Figure:
     return figure
 
 
+@on_host
 def plot_grids(
     names: Sequence[str] = (
         "sqrt_angle",
@@ -140,6 +144,7 @@ def plot_grids(
     return figure
 
 
+@on_host
 def plot_strong_errors(comparison: Comparison) -> Figure:
     """Strong error against network calls, on logarithmic axes.
 

@@ -21,7 +21,7 @@ from scoresolve.models import Model
 from scoresolve.noise import BrownianPath, Philox
 from scoresolve.plans import StepReport
 from scoresolve.plot.samples import shade_plane
-from scoresolve.plot.style import COLOURS, DENSITY, colour, label, new_figure
+from scoresolve.plot.style import COLOURS, DENSITY, colour, label, new_figure, on_host
 from scoresolve.sampling import DEFAULT_SOLVER, sample
 from scoresolve.sde import VP, GaussianSDE
 from scoresolve.targets import GaussianMixture
@@ -73,6 +73,7 @@ def _note(track: list[tuple[float, Tensor]], step: StepReport) -> None:
     track.append((step.t, step.x))
 
 
+@on_host
 def plot_flow(
     mixture: GaussianMixture,
     sde: GaussianSDE | None = None,
@@ -115,6 +116,7 @@ def plot_flow(
     return figure
 
 
+@on_host
 def plot_paths(
     mixture: GaussianMixture,
     sde: GaussianSDE | None = None,
@@ -156,6 +158,7 @@ def plot_paths(
     return figure
 
 
+@on_host
 def plot_brownian(paths: int = 60, steps: int = 500, seed: int = 0) -> Figure:
     """Brownian motion and its standard deviation sqrt(t).
 
@@ -184,6 +187,7 @@ def plot_brownian(paths: int = 60, steps: int = 500, seed: int = 0) -> Figure:
     return figure
 
 
+@on_host
 def plot_score(
     mixture: GaussianMixture,
     sde: GaussianSDE | None = None,

@@ -16,7 +16,7 @@ from scoresolve.chains import DiffusionChain
 from scoresolve.models import Model, from_x0
 from scoresolve.objectives import denoising_score_matching
 from scoresolve.plot.flows import backward, shade_marginals
-from scoresolve.plot.style import COLOURS, label, new_figure
+from scoresolve.plot.style import COLOURS, label, new_figure, on_host
 from scoresolve.sde import linear_betas
 from scoresolve.targets import GaussianMixture
 from scoresolve.training import Training, seeded
@@ -49,6 +49,7 @@ class _Network(nn.Module):
         return x0.clamp(-17, 17).to(x)  # no point is further out
 
 
+@on_host
 def learn_four_points(steps: int = 1500, seed: int = 0) -> Model:
     """A network that has learned where noised points come from.
 
@@ -56,7 +57,7 @@ def learn_four_points(steps: int = 1500, seed: int = 0) -> Model:
         steps: training steps of 256 noised points, at least 1.
         seed: of the initial weights and of every step.
     """
-    points = torch.tensor(FOUR_POINTS)[:, None].repeat(64, 1)
+    points = torch.tensor(FOUR_POINTS, dtype=torch.float32)[:, None].repeat(64, 1)
 
     def loss(network: nn.Module, step: int) -> Tensor:
         model = from_x0(network, CHAIN.sde)
@@ -65,11 +66,12 @@ def learn_four_points(steps: int = 1500, seed: int = 0) -> Model:
         ).mean()
 
     with seeded(seed):
-        network = _Network()
+        network = _Network().float()
     run = Training(network, loss, steps, seed=seed, rate=4e-3, averaging=0.99)
     return from_x0(run.run(), CHAIN.sde)
 
 
+@on_host
 def plot_four_points(paths: int = 24, steps: int = 1500, seed: int = 0) -> Figure:
     """The forward chain of four points, and the way back: known and learned, SDE and ODE.
 

@@ -9,10 +9,11 @@ import torch
 from matplotlib.animation import FuncAnimation
 from matplotlib.artist import Artist
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from scoresolve.errors import whole_number
 from scoresolve.plot.flows import backward, draw_score, forward, reach_of
-from scoresolve.plot.style import COLOURS, INK, label, new_figure
+from scoresolve.plot.style import COLOURS, INK, label, new_figure, on_host
 from scoresolve.sampling import DEFAULT_SOLVER
 from scoresolve.sde import VP, GaussianSDE
 from scoresolve.targets import GaussianMixture
@@ -25,6 +26,7 @@ FINER = 10
 """Steps of the solver for each frame of the way back."""
 
 
+@on_host
 def animate_flow(
     mixture: GaussianMixture,
     sde: GaussianSDE | None = None,
@@ -72,7 +74,7 @@ def animate_flow(
     bars = axes.stairs(np.zeros(80), edges, fill=True, color=COLOURS[1], alpha=0.45)
     (line,) = axes.plot(x, 0 * x, color=COLOURS[0], linewidth=1.8)
     axes.set_xlim(-reach, reach)
-    axes.set_ylim(0, 1.15 * float(mixture.log_prob(x).max().exp()))
+    axes.set_ylim(0, 1.15 * _top(mixture, process, x, float(edges[1] - edges[0])))
 
     def draw(frame: int) -> list[Artist]:
         t, points, way = shown[frame]
@@ -84,6 +86,14 @@ def animate_flow(
     return moving(figure, draw, len(shown))
 
 
+def _top(mixture: GaussianMixture, sde: GaussianSDE, x: Tensor, width: float) -> float:
+    """The largest density at t_min, on x and at the modes, as far as bars of a width show it."""
+    modes = float(sde.alpha(sde.t_min)) * mixture.means.reshape(-1, 1).to(x)
+    p = mixture.score_model(sde).log_prob(torch.cat([x, modes]), sde.t_min).exp()
+    return min(float(p.max()), 1 / width)
+
+
+@on_host
 def animate_score(
     mixture: GaussianMixture, sde: GaussianSDE | None = None, samples: int = 400, frames: int = 40
 ) -> FuncAnimation:
@@ -117,10 +127,11 @@ def animate_score(
     return moving(figure, draw, frames + 1 + PAUSE)
 
 
+@on_host
 def moving(figure: Figure, draw: Callable[[int], list[Artist]], frames: int) -> FuncAnimation:
     """A film of what `draw(frame)` changes on a figure."""
     figure.set_dpi(80)
     draw(0)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # else every frame is laid out anew
-    return FuncAnimation(figure, draw, frames=frames, interval=80, init_func=list)
+    return FuncAnimation(figure, on_host(draw), frames=frames, interval=80, init_func=list)

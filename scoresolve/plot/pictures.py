@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from matplotlib.animation import FuncAnimation, writers
+from matplotlib.animation import FuncAnimation
 from matplotlib.figure import Figure
 
 from scoresolve.digits import load_digits, load_network, to_unit
@@ -23,15 +23,14 @@ from scoresolve.plot.flows import plot_brownian, plot_flow, plot_paths, plot_sco
 from scoresolve.plot.four_points import plot_four_points
 from scoresolve.plot.motion import animate_flow, animate_score
 from scoresolve.plot.samples import plot_images, plot_samples
+from scoresolve.plot.saving import WRITERS, require_writer, save_figure, save_film
+from scoresolve.plot.style import on_host
 from scoresolve.plot.verification import plot_verification
 from scoresolve.sampling import DEFAULT_SOLVER, sample
 from scoresolve.sde import EDM, VP
 from scoresolve.targets import GaussianMixture, ring
 
 __all__ = ["PICTURES", "Picture", "picture", "save_picture"]
-
-MOVING = {".gif": "pillow", ".mp4": "ffmpeg"}
-"""Suffixes of moving pictures, and what matplotlib writes them with."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +52,13 @@ def _lobes() -> GaussianMixture:
     return GaussianMixture([0.4, 0.3, 0.3], means, covariances)
 
 
+@on_host
 def _mixing() -> Chains:
     start = torch.zeros(50, 2, dtype=torch.float64)
     return run_chains(_lobes(), x=start, kernel="mala", steps=1000, warmup=200)
 
 
+@on_host
 def _samples() -> Figure:
     mixture, sde = ring(std=0.3), VP()
     panels = {
@@ -77,11 +78,13 @@ def _samples() -> Figure:
     return plot_samples(panels, mixture)
 
 
+@on_host
 def _digits() -> Figure:
     out = sample(from_denoiser(load_network()), EDM(), shape=(100, 1, 8, 8), nfe=20)
     return plot_images({f"100 digits, {out.nfe} network calls": out.x})
 
 
+@on_host
 def _verified() -> dict[str, ModelVerification]:
     held_out, mixture = load_digits("test").levels[:160], class_mixture()
     spread = Philox(0).uniform(torch.empty(held_out.shape), 0, Purpose.DEQUANTISE)
@@ -146,6 +149,7 @@ PICTURES: dict[str, Picture] = {
 """Pictures by name."""
 
 
+@on_host
 def picture(name: str) -> Figure:
     """The picture of the given name of `PICTURES`.
 
@@ -155,22 +159,22 @@ def picture(name: str) -> Figure:
     return PICTURES[known_name("picture", name, PICTURES)].draw()
 
 
+@on_host
 def save_picture(name: str, path: str | Path) -> None:
     """Write the picture `name` of `PICTURES`, moving if the suffix of `path` is .gif or .mp4.
 
     Raises:
         UnknownNameError: no such picture.
-        ArgumentError: it does not move, or the program that writes such files is not installed.
+        ArgumentError: it does not move, or there is nothing that writes such files.
+        OSError: the file cannot be written.
     """
     path = Path(path)
     found = PICTURES[known_name("picture", name, PICTURES)]
-    if path.suffix not in MOVING:
-        found.draw().savefig(path, bbox_inches="tight")
+    if path.suffix.lower() not in WRITERS:
+        save_figure(found.draw(), path)
         return
-    writer = MOVING[path.suffix]
     if found.animate is None:
         moving = [known for known, each in PICTURES.items() if each.animate]
         raise ArgumentError(f"{name!r} does not move: write it as .png, or take one of {moving}")
-    if not writers.is_available(writer):
-        raise ArgumentError(f"{path.suffix} files are written by {writer}, which is not installed")
-    found.animate().save(path, writer=writer, fps=15)
+    require_writer(path)
+    save_film(found.animate(), path)

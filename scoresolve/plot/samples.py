@@ -12,12 +12,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from scoresolve.errors import ShapeError
-from scoresolve.plot.style import COLOURS, DENSITY, INK, label, new_figure
+from scoresolve.plot.style import COLOURS, DENSITY, INK, label, new_figure, on_host
 from scoresolve.targets import GaussianMixture
 
 __all__ = ["plot_images", "plot_samples", "shade_density", "shade_plane"]
 
 
+@on_host
 def plot_samples(panels: Mapping[str, Tensor], mixture: GaussianMixture | None = None) -> Figure:
     """Samples in the plane, over the density they should follow.
 
@@ -82,6 +83,7 @@ def shade_plane(axes: Axes, mixture: GaussianMixture, law: GaussianMixture | Non
     axes.set_aspect("equal")
 
 
+@on_host
 def plot_images(panels: Mapping[str, Tensor], columns: int = 10) -> Figure:
     """Pages of small images.
 

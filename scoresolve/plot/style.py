@@ -5,11 +5,13 @@ Colours are those of Okabe and Ito, told apart by colour-blind readers.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
@@ -27,12 +29,26 @@ __all__ = [
     "line",
     "log_log",
     "new_figure",
+    "on_host",
 ]
 
+P = ParamSpec("P")
+R = TypeVar("R")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#555555")
 MARKERS = "osD^vPX*"
 INK, MUTED, FAINT = "#222222", "#666666", "#E3E3E3"
 DENSITY = LinearSegmentedColormap.from_list("density", ["#FFFFFF", "#C9DDEE", "#5B9BC8", "#123F66"])
+
+
+def on_host(draw: Callable[P, R]) -> Callable[P, R]:
+    """Decorates what draws: matplotlib reads the host's memory, whatever torch's default device."""
+
+    @functools.wraps(draw)
+    def drawn(*values: P.args, **named: P.kwargs) -> R:
+        with torch.device("cpu"):
+            return draw(*values, **named)
+
+    return drawn
 
 
 def new_figure(
