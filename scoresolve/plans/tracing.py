@@ -245,10 +245,15 @@ class Run:
     """
 
     def __init__(
-        self, sde: SDE, times: Sequence[float], predicts: str, stochastic: bool = True
+        self,
+        sde: SDE,
+        times: Sequence[float],
+        predicts: str,
+        stochastic: bool = True,
+        name: str = "a solver",
     ) -> None:
         self.sde, self.times, self.predicts = sde, tuple(times), predicts
-        self.stochastic = stochastic
+        self.stochastic, self.name = stochastic, name
         self.index = 0
         self.past: list[Past] = _History()
         self.stages: list[Stage] = []
@@ -329,7 +334,8 @@ class Run:
         """The model's prediction at (x, t): one network call."""
         t, name = self._inside(t), self.predicts if prediction is None else prediction
         if name not in PREDICTIONS:
-            raise UnknownNameError("prediction", name, PREDICTIONS)
+            what = f"prediction in the step of {self.name!r},"
+            raise UnknownNameError(what, name, PREDICTIONS)
         source = self._materialise(x)
         x.terms = {source: 1.0}  # what exists as a register is cheaper to reuse than its sum
         m = self._register()
@@ -444,7 +450,7 @@ class Run:
     def _singular(self) -> GridError:
         t, s = self.times[self.index], self.times[min(self.index + 1, len(self.times) - 1)]
         return GridError(
-            f"the step from t = {t:g} to {s:g} has a coefficient that is not finite: the solver's "
+            f"the step of {self.name!r} from t = {t:g} to {s:g} has a coefficient that is not finite: the solver's "
             "variables are singular there (alpha = 0 or sigma = 0); move that end of the grid "
             "inside, or use a solver in v or flow form"
         )
@@ -526,11 +532,11 @@ def trace(solver: Steps, sde: SDE, times: Sequence[float], denoise: bool = False
             f"{solver.name!r} runs the reverse SDE, from noise to data, but the grid goes up from "
             f"t = {times[0]:g} to {times[-1]:g}: give decreasing times, or a deterministic solver"
         )
-    run = Run(sde, times, solver.predicts, solver.stochastic)
+    run = Run(sde, times, solver.predicts, solver.stochastic, solver.name)
     x = Linear({0: 1.0}, run)
     for t, s in itertools.pairwise(times):
         x = run.advance(solver, x, t, s)
-    if not any(isinstance(stage, Call | Custom) for stage in run.stages):
+    if len(times) > 1 and not any(isinstance(stage, Call | Custom) for stage in run.stages):
         raise ArgumentError(
             f"the step of {solver.name!r} never calls the model: m = run.predict(x, t) is the "
             "model's prediction"

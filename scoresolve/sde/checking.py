@@ -184,8 +184,8 @@ def _check_diffusion(sde: SDE) -> tuple[int, ...]:
     if g.ndim and g.shape[:1] != t.shape:
         raise ArgumentError(
             f"{_name(sde)}.diffusion(t) has shape {tuple(g.shape)} for t of shape "
-            f"{tuple(t.shape)}: return one value for each time; a diffusion per part of the state has its axes behind "
-            "that of t"
+            f"{tuple(t.shape)}: return one value for each time; a diffusion per part of the state "
+            "has its axes behind that of t"
         )
     inner = g[1:-1] if g.ndim else g
     if not bool((inner.isfinite() & (inner >= 0)).all()):

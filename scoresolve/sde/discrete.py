@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from scoresolve.errors import ArgumentError, short
-from scoresolve.sde.base import TimeLike, as_time, check_interval, host
+from scoresolve.errors import ArgumentError, real_number, short
+from scoresolve.sde.base import TimeLike, as_time, host
 from scoresolve.sde.vp import VariancePreserving
 
 __all__ = ["DiscreteVP"]
@@ -35,7 +35,7 @@ class DiscreteVP(VariancePreserving):
 
     Raises:
         ArgumentError: the schedule does not decrease strictly inside (0, 1), or t_min is not in
-            [0, N).
+            [0, N].
 
     Source:
         Ho et al. 2020 (2006.11239), section 2; Song et al. 2021 (2011.13456), appendix B; Lin et
@@ -54,7 +54,8 @@ class DiscreteVP(VariancePreserving):
             raise ArgumentError(
                 "alphas_cumprod must decrease strictly inside (0, 1), and may end with 0"
             )
-        check_interval(self)
+        t_min = real_number("t_min", self.t_min, least=0, most=len(values))
+        object.__setattr__(self, "t_min", t_min)
         fades = chain[-1] == 0
         levels = [*chain[:-1], chain[-2]] if fades else chain
         logs = host(levels).log() / 2
