@@ -450,9 +450,9 @@ class Run:
     def _singular(self) -> GridError:
         t, s = self.times[self.index], self.times[min(self.index + 1, len(self.times) - 1)]
         return GridError(
-            f"the step of {self.name!r} from t = {t:g} to {s:g} has a coefficient that is not finite: the solver's "
-            "variables are singular there (alpha = 0 or sigma = 0); move that end of the grid "
-            "inside, or use a solver in v or flow form"
+            f"the step of {self.name!r} from t = {t:g} to {s:g} has a coefficient that is "
+            "not finite: the solver's variables are singular there (alpha = 0 or sigma = 0); move "
+            "that end of the grid inside, or use a solver in v or flow form"
         )
 
     def _new(self) -> int:
