@@ -77,10 +77,9 @@ def check_interval(sde: SDE) -> None:
     Raises:
         ArgumentError: a number is not finite, or not 0 <= t_min < T.
     """
-    for each in fields(sde) if is_dataclass(sde) else ():
-        if each.type in ("float", float):
-            number = real_number(each.name, getattr(sde, each.name))
-            object.__setattr__(sde, each.name, number)
+    names = [each.name for each in fields(sde) if each.type == "float"] if is_dataclass(sde) else []
+    for name in names:
+        object.__setattr__(sde, name, real_number(name, getattr(sde, name)))
     if not 0 <= sde.t_min < sde.T < math.inf:
         raise ArgumentError(f"t_min = {sde.t_min}, T = {sde.T}: need 0 <= t_min < T")
 
@@ -118,15 +117,15 @@ def expand(value: Tensor, x: Tensor, t: TimeLike = 0.0) -> Tensor:
     Raises:
         ShapeError: `t` or `value` has another shape, so that it would broadcast.
     """
-    batched = isinstance(t, Tensor) and t.ndim > 0
-    if batched:
-        _check_rows(t, x)
+    times = t if isinstance(t, Tensor) and t.ndim else None
+    if times is not None:
+        _check_rows(times, x)
     if value.ndim == 0:
         return value.to(x)
-    if not batched:
+    if times is None:
         value = value[None]
-    elif t.ndim > 1 and value.shape[: t.ndim] == t.shape:
-        value = value.reshape(t.shape[0], *value.shape[t.ndim :])
+    elif times.ndim > 1 and value.shape[: times.ndim] == times.shape:
+        value = value.reshape(times.shape[0], *value.shape[times.ndim :])
     if value.ndim > x.ndim or value.shape[0] not in (1, x.shape[0]):
         raise ShapeError(
             f"a coefficient of shape {tuple(value.shape)} for x of shape {tuple(x.shape)}: it "
