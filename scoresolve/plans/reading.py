@@ -68,9 +68,10 @@ def _keys(where: str, entry: Any, expected: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _plan(data: Any) -> dict[str, Any]:
-    if isinstance(data, dict) and data.get("version", VERSION) is not VERSION:
-        raise _Fault(f"it is of version {short(data['version'])}, this reads version {VERSION}")
-    entry = _keys("the plan", data, (*_PLAN, "version") if "version" in data else _PLAN)
+    version = data.pop("version", VERSION) if isinstance(data, dict) else VERSION
+    if type(version) is not int or version != VERSION:
+        raise _Fault(f"it is of version {short(version)}, this reads version {VERSION}")
+    entry = _keys("the plan", data, _PLAN)
     for key in ("solver", "process"):
         if not isinstance(entry[key], str):
             raise _Fault(f"{key} is {short(entry[key])}, not text")

@@ -571,7 +571,7 @@ class _Schedule:
         if isinstance(sde, GaussianSDE):
             unique = sorted(set(times))
             columns = sde.point(host(unique))
-            values = zip(*(torch.as_tensor(c).tolist() for c in columns), strict=True)
+            values = zip(*(host(c).tolist() for c in columns), strict=True)
             self.points = {t: SchedulePoint(*v) for t, v in zip(unique, values, strict=True)}
 
     def at(self, t: float) -> SchedulePoint | None:

@@ -77,8 +77,8 @@ def check_interval(sde: SDE) -> None:
     Raises:
         ArgumentError: a number is not finite, or not 0 <= t_min < T.
     """
-    names = [each.name for each in fields(sde) if each.type == "float"] if is_dataclass(sde) else []
-    for name in names:
+    parameters: tuple[Any, ...] = fields(sde) if is_dataclass(sde) else ()
+    for name in (each.name for each in parameters if each.type == "float"):
         object.__setattr__(sde, name, real_number(name, getattr(sde, name)))
     if not 0 <= sde.t_min < sde.T < math.inf:
         raise ArgumentError(f"t_min = {sde.t_min}, T = {sde.T}: need 0 <= t_min < T")
