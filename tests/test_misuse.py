@@ -101,8 +101,8 @@ SLIPS: dict[str, tuple[Step, str]] = {
     "clamp": (lambda x, t, s, run: m(x, t, run).clamp(-1, 1), "\\.clamp"),
     "tanh": (lambda x, t, s, run: torch.tanh(m(x, t, run)), "tanh"),
     "batch of weights": (lambda x, t, s, run: torch.ones(2) * m(x, t, run), "one number"),
-    "comparison": (lambda x, t, s, run: x if m(x, t, run) > 0 else x, "compares"),
-    "equality": (lambda x, t, s, run: x if m(x, t, run) == 0 else x, "compares"),
+    "comparison": (lambda x, t, s, run: x * (m(x, t, run) > 0), "compares"),
+    "equality": (lambda x, t, s, run: x * (m(x, t, run) == 0), "compares"),
     "number of a state": (lambda x, t, s, run: float(m(x, t, run)) * x, "makes a number"),
     "numbers of math": (lambda x, t, s, run: math.exp(m(x, t, run)) * x, "makes a number"),
     "index": (lambda x, t, s, run: m(x, t, run)[:, 0], "index"),
@@ -129,7 +129,7 @@ def test_a_slip_inside_a_step_is_named(slip: str) -> None:
 def test_an_unknown_prediction_and_a_coefficient_that_is_no_number_are_named() -> None:
     with pytest.raises(UnknownNameError, match="'mine', 'x1': did you mean 'x0'"):
         trace(solver_of(lambda x, t, s, run: run.predict(x, t, "x1")), VP(), TIMES)
-    with pytest.raises(GridError, match="step of 'mine' from t = 0.9"):
+    with pytest.raises(GridError, match=r"step of 'mine' from t = 0\.9"):
         trace(solver_of(lambda x, t, s, run: math.nan * m(x, t, run)), VP(), TIMES)
 
 
@@ -158,9 +158,10 @@ SAVED = [trace(get_solver(n), EDM(), (10.0, 1.0, 0.1)).to_json() for n in ("heun
 
 
 def paths(entry: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    inside = entry.items() if isinstance(entry, dict) else enumerate(entry)
+    inside = entry.items() if isinstance(entry, dict) else ()
+    inside = enumerate(entry) if isinstance(entry, list) else inside
     found = [at] if at else []
-    for key, value in inside if isinstance(entry, dict | list) else ():
+    for key, value in inside:
         found += paths(value, (*at, key))
     return found
 
@@ -338,11 +339,13 @@ def test_a_column_of_times_is_a_time_per_row(sde: Any, axes: int) -> None:
     def score(y: Tensor, t: Any) -> Tensor:
         return -y
 
-    for ask in (
-        sde.drift,
-        lambda x, t: sde.reverse_drift(x, t, score),
-        lambda x, t: sde.marginal(x, t)[0],
-    ):
+    def reverse_drift(y: Tensor, t: Any) -> Any:
+        return sde.reverse_drift(y, t, score)
+
+    def mean(y: Tensor, t: Any) -> Any:
+        return sde.marginal(y, t)[0]
+
+    for ask in (sde.drift, reverse_drift, mean):
         torch.testing.assert_close(ask(x, column), ask(x, t), rtol=0, atol=0)
         for wrong in (t[:2], torch.ones(3, 2, dtype=F64)):
             with pytest.raises(ShapeError, match="one for each sample"):
