@@ -182,7 +182,8 @@ def short(value: object, most: int = 80) -> str:
 
 def step_count(name: str, value: object, least: int = 1) -> int:
     """A number of steps as an int from `least` to `MOST_STEPS`; else raises `ArgumentError`."""
-    return whole_number(name, value, least, MOST_STEPS)
+    number = whole_number(name, value, least)
+    return whole_number(name, number, least, MOST_STEPS) if number > MOST_STEPS else number
 
 
 def whole_number(name: str, value: object, least: int = 1, most: int | None = None) -> int:

@@ -29,7 +29,6 @@ from scoresolve.errors import (
     GridError,
     UnknownNameError,
     known_name,
-    real_number,
     short,
     step_count,
 )
@@ -344,11 +343,15 @@ def _positive(value: Any) -> bool:
 def ends(sde: SDE, t_start: float | None, t_end: float | None) -> tuple[float, float]:
     """First and last time: those given, or the process's own."""
     try:
-        start = sde.T if t_start is None else real_number("t_start", t_start)
-        end = sde.t_min if t_end is None else real_number("t_end", t_end)
-    except ArgumentError as error:
-        raise GridError(str(error)) from None
-    return float(start), float(end)
+        start = _number(sde.T if t_start is None else t_start)
+        end = _number(sde.t_min if t_end is None else t_end)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise GridError(
+            f"t_start = {short(t_start)}, t_end = {short(t_end)}: give numbers"
+        ) from error
+    if not (math.isfinite(start) and math.isfinite(end)):
+        raise GridError(f"the grid from {start} to {end} has an end that is not finite")
+    return start, end
 
 
 def _integer_grid(name: str, sde: SDE, steps: int, denoise: bool) -> Grid:

@@ -231,7 +231,7 @@ def test_a_grid_refuses_options_it_does_not_have(
 @pytest.mark.parametrize("steps", [0, 10**9, "10", 2.5, True, math.nan, None])
 def test_a_number_of_steps_is_a_number_of_steps(steps: Any) -> None:
     for build in (lambda: make_grid("karras", VP(), steps), lambda: linear_betas(steps)):
-        with pytest.raises(ArgumentError, match="whole number from 1 to 1000000"):
+        with pytest.raises(ArgumentError, match="give a whole number"):
             build()
     with pytest.raises(ArgumentError, match="whole number"):
         get_solver("dpmpp_2m").make_grid(RectifiedFlow(), steps)  # type: ignore[union-attr]
