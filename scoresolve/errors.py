@@ -11,11 +11,13 @@ import difflib
 import math
 from collections.abc import Collection, Iterable
 from enum import IntEnum
+from typing import Any
 
 import torch
 from torch import Tensor
 
 __all__ = [
+    "MOST_STEPS",
     "ArgumentError",
     "GridError",
     "ModelWarning",
@@ -28,12 +30,32 @@ __all__ = [
     "nearest_names",
     "real_number",
     "row_status",
+    "short",
+    "step_count",
     "whole_number",
 ]
 
 
+MOST_STEPS = 10**6
+"""Most steps of a grid or chain: a plan holds about 1 kB a step, so that more would fill memory.
+
+The finest grids in use, integer chains, have some thousands."""
+_FEW = 20  # names that a message can hold
+
+
 class ScoresolveError(Exception):
     """Base of every exception that scoresolve raises on purpose."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exception's own would call __init__ with the message alone, which fails where there are
+        # other arguments; a process pool that cannot read an exception waits for ever.
+        return _rebuilt, (type(self), self.args, self.__dict__)
+
+
+def _rebuilt(kind: type[ScoresolveError], args: tuple[Any, ...], state: Any) -> ScoresolveError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 class ArgumentError(ScoresolveError, ValueError):
@@ -49,14 +71,25 @@ class GridError(ScoresolveError, ValueError):
 
 
 class UnknownNameError(ScoresolveError, LookupError):
-    """A name is not in a registry; the message carries the nearest names."""
+    """A name is not in a registry; the message carries the nearest names.
 
-    def __init__(self, what: str, name: str, known: Iterable[str]) -> None:
+    Args:
+        what: what it should be the name of.
+        name: the name.
+        known: the names there are; a few are all told if none looks like it.
+        listed: where to read the names, if they are many.
+    """
+
+    def __init__(self, what: str, name: object, known: Iterable[str], listed: str = "") -> None:
         names = list(known)
         near = nearest_names(str(name), names)
-        listed = ", ".join(map(repr, near or names))
-        hint = f"did you mean {listed}?" if near else f"known are {listed}"
-        super().__init__(f"unknown {what} {name!r}: {hint}")
+        if near:
+            hint = f"did you mean {', '.join(map(repr, near))}?"
+        elif len(names) > _FEW:
+            hint = f"there are {len(names)}" + (f", listed by {listed}" if listed else "")
+        else:
+            hint = f"known are {', '.join(map(repr, names))}" if names else "there are none"
+        super().__init__(f"unknown {what} {short(name)}: {hint}")
 
 
 class SolveError(ScoresolveError, RuntimeError):
@@ -106,14 +139,51 @@ def row_status(x: Tensor) -> Tensor:
 
 
 def check_output(m: object, x: Tensor) -> None:
-    """Raise `ShapeError` unless the model's output `m` has the shape of its input `x`."""
+    """Raise unless the model's output `m` is real and of the shape and the device of its input `x`.
+
+    Raises:
+        ShapeError: it is no tensor or has another shape.
+        ArgumentError: it is not floating point, sparse, or on another device.
+    """
     if not isinstance(m, Tensor):
         raise ShapeError(f"the model returned {type(m).__name__}: return a tensor")
     if m.shape != x.shape:
         raise ShapeError(
             f"the model returned shape {tuple(m.shape)} for x of shape {tuple(x.shape)}: "
-            "return one value per element of x"
+            + _how_to_mend(m, x)
         )
+    if not m.is_floating_point():
+        raise ArgumentError(
+            f"the model returned {m.dtype} for x of {x.dtype}: return real floating-point numbers"
+        )
+    if m.layout is not torch.strided or m.device != x.device:
+        kind = f"{m.layout} on {m.device}"
+        raise ArgumentError(
+            f"the model returned a tensor of layout {kind} for x on {x.device}: return a dense "
+            "tensor on the device of x"
+        )
+
+
+def _how_to_mend(m: Tensor, x: Tensor) -> str:
+    text = "return one value per element of x"
+    if x.ndim > 1 and m.shape == (x.shape[0], 2 * x.shape[1], *x.shape[2:]):
+        text += (
+            "; if the second half of its channels is a learned variance, keep the first half, "
+            "as lambda x, t: net(x, t)[:, :x.shape[1]]"
+        )
+    return text
+
+
+def short(value: object, most: int = 80) -> str:
+    """`repr(value)` on one line, cut where it is longer than a sentence can hold."""
+    text = " ".join(repr(value[: 2 * most] if isinstance(value, str) else value).split())
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def step_count(name: str, value: object, least: int = 1) -> int:
+    """A number of steps as an int from `least` to `MOST_STEPS`; else raises `ArgumentError`."""
+    number = whole_number(name, value, least)
+    return whole_number(name, number, least, MOST_STEPS) if number > MOST_STEPS else number
 
 
 def whole_number(name: str, value: object, least: int = 1, most: int | None = None) -> int:
@@ -121,12 +191,12 @@ def whole_number(name: str, value: object, least: int = 1, most: int | None = No
     number = math.nan if isinstance(value, bool) else value
     try:
         whole = int(number)  # type: ignore[call-overload]
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         whole = None
     bad = whole is None or whole != number or isinstance(value, str)
     if bad or whole < least or (most is not None and whole > most):
         bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
-        raise ArgumentError(f"{name} = {value!r}: give a whole number {bounds}")
+        raise ArgumentError(f"{name} = {short(value)}: give a whole number {bounds}")
     return int(whole)
 
 
@@ -139,12 +209,12 @@ def real_number(
 ) -> float:
     """`value` as a finite float, > `above`, >= `least`, <= `most`; else raises `ArgumentError`."""
     try:
-        number = math.nan if isinstance(value, str | bool) else float(value)  # type: ignore[arg-type]
+        number = math.nan if isinstance(value, str | bytes | bool) else float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError, OverflowError):
         number = math.nan
     if not (math.isfinite(number) and above < number <= most and number >= least):
         low = f" above {above:g}" if above > -math.inf else ""
         low = f" from {least:g}" if least > -math.inf else low
         high = "" if most == math.inf else f" up to {most:g}"
-        raise ArgumentError(f"{name} = {value!r}: give a finite number{low}{high}")
+        raise ArgumentError(f"{name} = {short(value)}: give a finite number{low}{high}")
     return number

@@ -16,14 +16,23 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from scipy.special import betaincinv
 from torch import Tensor
 
-from scoresolve.errors import ArgumentError, GridError, known_name, whole_number
-from scoresolve.sde import SDE, DiscreteVP, GaussianSDE
+from scoresolve.errors import (
+    MOST_STEPS,
+    ArgumentError,
+    GridError,
+    UnknownNameError,
+    known_name,
+    short,
+    step_count,
+)
+from scoresolve.sde import SDE, DiscreteVP, GaussianSDE, check_process, host
 
 __all__ = ["GRIDS", "INTEGER_GRIDS", "Grid", "as_grid", "make_grid"]
 
@@ -46,12 +55,16 @@ class Grid:
     name: str = "custom"
 
     def __post_init__(self) -> None:
-        times = tuple(float(t) for t in self.times)
+        times = _numbers(self.times)
         object.__setattr__(self, "times", times)
+        if not isinstance(self.denoise, bool | int):
+            raise ArgumentError(f"denoise = {short(self.denoise)}: give True or False")
+        object.__setattr__(self, "denoise", bool(self.denoise))
         if len(times) < (1 if self.denoise else 2):
             raise GridError(f"a grid of {len(times)} times has no step: give at least two times")
         if not all(math.isfinite(t) for t in times):
-            raise GridError(f"the grid holds a time that is not finite: {times}")
+            bad = next(t for t in times if not math.isfinite(t))
+            raise GridError(f"the grid holds a time that is not finite: {bad}")
         steps = [s - t for t, s in itertools.pairwise(times)]
         if not (all(h < 0 for h in steps) or all(h > 0 for h in steps)):
             i = next((i for i, h in enumerate(steps) if h * steps[0] <= 0), 0)
@@ -66,12 +79,44 @@ class Grid:
         return len(self.times) - 1
 
     def check(self, sde: SDE) -> None:
-        """Raise `GridError` unless every time lies in the interval [0, T] of `sde`."""
+        """Raise `GridError` unless every time lies in the interval [0, T] of `sde`.
+
+        Raises:
+            ArgumentError: `sde` is no process; see `scoresolve.sde.check_process`.
+        """
+        check_process(sde)
         low, high = min(self.times), max(self.times)
         if low < 0 or high > sde.T * (1 + 1e-12):
             raise GridError(
                 f"the grid covers [{low:g}, {high:g}], outside the interval [0, {sde.T:g}] of {sde}"
             )
+
+
+def _numbers(times: Iterable[float]) -> tuple[float, ...]:
+    """Times as floats, at most `MOST_STEPS` + 1 of them."""
+    if isinstance(times, str):
+        raise GridError(
+            f"the grid is {times!r}: give a Grid or a sequence of times; a named grid comes from "
+            "make_grid(name, sde, steps)"
+        )
+    try:
+        if isinstance(times, Tensor):
+            times = times.tolist()
+        numbers = [_number(t) for t in itertools.islice(times, MOST_STEPS + 2)]
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise GridError(
+            f"the grid is {short(times)}: give a Grid or a sequence of times; a named grid comes "
+            "from make_grid(name, sde, steps)"
+        ) from error
+    if len(numbers) > MOST_STEPS + 1:
+        raise GridError(f"the grid has more than {MOST_STEPS} steps: give fewer times")
+    return tuple(numbers)
+
+
+def _number(t: object) -> float:
+    if isinstance(t, str | bytes | bool):
+        raise TypeError(f"{t!r} is no time")
+    return float(t)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -153,7 +198,7 @@ _SPACINGS: dict[str, Callable[..., _Spacing]] = {
 }
 
 
-def _warp(name: str, u: Tensor, rho: float, a: float, b: float) -> Tensor:
+def _warp(name: str, u: Tensor, rho: float = 1.0, a: float = 0.6, b: float = 0.6) -> Tensor:
     """Where on [0, 1] the nodes of a spacing lie; evenly unless the grid is defined otherwise."""
     if name == "polyexponential":
         return 1 - (1 - u) ** rho
@@ -185,6 +230,15 @@ _INTEGER: dict[str, Callable[[int, int], Iterable[float]]] = {
 INTEGER_GRIDS = tuple(_INTEGER)
 GRIDS = (*_SPACINGS, *INTEGER_GRIDS)
 
+_OPTIONS = {
+    "karras": ("rho",),
+    "polyexponential": ("rho",),
+    "shift": ("shift",),
+    "beta": ("a", "b"),
+    "scaled": ("scale",),
+}
+"""Options of the grids that have some."""
+
 
 def make_grid(
     name: str,
@@ -195,10 +249,11 @@ def make_grid(
     denoise: bool | None = None,
     *,
     rho: float | None = None,
-    shift: float = 3.0,
-    a: float = 0.6,
-    b: float = 0.6,
-    scale: float = 1.0,
+    shift: float | None = None,
+    a: float | None = None,
+    b: float | None = None,
+    scale: float | None = None,
+    **other: object,
 ) -> Grid:
     """The named grid of `steps` steps from `t_start` to `t_end`.
 
@@ -206,22 +261,26 @@ def make_grid(
         name: one of `GRIDS`. "leading", "linspace" and "trailing" are the integer grids of DDPM
             for `DiscreteVP`: `steps` timesteps, whose natural end is the denoising call.
         sde: the process.
-        steps: number of steps, >= 1 (the denoising call comes on top; integer grids include it).
+        steps: number of steps, 1 to 10**6 (the denoising call comes on top; integer grids include
+            it).
         t_start: first time; the process's T if omitted.
         t_end: last time; the process's t_min if omitted. May exceed t_start, for encoding.
         denoise: the end rule; if omitted, False (True for the integer grids).
         rho: exponent of "karras" (7 if omitted) and of "polyexponential" (1 if omitted).
-        shift: factor of sigma/alpha in "shift", > 0.
-        a, b: parameters of the "beta" grid, > 0.
-        scale: of "scaled", the noise level sigma/alpha at which the modes of the data part, > 0.
+        shift: factor of sigma/alpha in "shift", > 0; 3 if omitted.
+        a, b: parameters of the "beta" grid, > 0; 0.6 if omitted.
+        scale: of "scaled", the noise level sigma/alpha at which the modes of the data part, > 0;
+            1 if omitted.
+        **other: refused, as is an option of another grid.
 
     Returns:
         A `Grid` whose first and last times are exactly `t_start` and `t_end`.
 
     Raises:
-        UnknownNameError: no such grid.
+        UnknownNameError: no such grid, or an option that it does not have.
         GridError: the interval is empty or leaves the process's.
-        ArgumentError: the grid does not fit the process, or `steps` is not a positive integer.
+        ArgumentError: the grid does not fit the process, `steps` is not such a number, or an
+            option is not positive.
 
     Source:
         karras: Karras et al. 2022 (2206.00364), eq. 5. quadratic: Song et al. 2020 (2010.02502),
@@ -230,39 +289,70 @@ def make_grid(
         Lin et al. 2023 (2305.08891), table 2.
     """
     known_name("grid", name, GRIDS)
-    steps = whole_number("steps", steps)
-    for option, value in {"rho": rho, "shift": shift, "a": a, "b": b, "scale": scale}.items():
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise ArgumentError(f"{option} = {value}: give a positive number")
+    steps = step_count("steps", steps)
+    check_process(sde)
+    given = {"rho": rho, "shift": shift, "a": a, "b": b, "scale": scale}
+    options = _own_options(name, {k: v for k, v in given.items() if v is not None} | other)
     if name in _INTEGER:
         if t_start is not None or t_end is not None:
             raise ArgumentError(
                 f"the grid {name!r} is fixed by the chain: leave out t_start= and t_end="
             )
         return _integer_grid(name, sde, steps, True if denoise is None else denoise)
-    start = sde.T if t_start is None else float(t_start)
-    end = sde.t_min if t_end is None else float(t_end)
-    if name == "karras":
-        spacing = _karras(sde, 7.0 if rho is None else rho)
-    elif name == "shift":
-        spacing = _shift(sde, shift)
-    elif name == "scaled":
-        spacing = _scaled(sde, scale)
-    else:
-        spacing = _SPACINGS[name](sde)
+    start, end = ends(sde, t_start, t_end)
+    warped = name in ("polyexponential", "beta")  # their options say where the nodes lie
+    spacing = _SPACINGS[name](sde, **({} if warped else options))
     Grid((start, end)).check(sde)
-    q = spacing.forward(torch.tensor([start, end], dtype=torch.float64))
+    q = spacing.forward(host([start, end]))
     if not torch.isfinite(q).all():
         raise GridError(
             f"the grid {name!r} is singular at t = {start:g} or {end:g}, where alpha or sigma "
             "vanishes: move that end inside, or choose 'uniform', 'cosine' or 'flow'"
         )
-    u = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
-    u = _warp(name, u, 1.0 if rho is None else rho, a, b)
+    u = _even(steps)
+    u = _warp(name, u, **(options if warped else {}))
     if name == "scaled" and start < end:  # its short step is the one at the noise
         u = 1 - u.flip(0)
     inner = spacing.inverse(q[0] + u * (q[1] - q[0]))[1:-1].tolist()
     return Grid((start, *inner, end), bool(denoise), name)
+
+
+def _even(steps: int) -> Tensor:
+    """`steps` + 1 even numbers from 0 to 1, [steps + 1]; each half is counted from its own end."""
+    i = host(range(steps + 1))
+    return torch.where(i < (steps + 1) // 2, i / steps, 1 - (steps - i) / steps)
+
+
+def _own_options(name: str, options: dict[str, Any]) -> dict[str, float]:
+    """The options of a grid, each a positive number; another grid's are refused."""
+    own = _OPTIONS.get(name, ())
+    for option, value in options.items():
+        if option not in own:
+            raise UnknownNameError(f"option of the grid {name!r},", option, own)
+        if isinstance(value, bool | str) or not _positive(value):
+            raise ArgumentError(f"{option} = {short(value)}: give a positive number")
+    return {option: float(value) for option, value in options.items()}
+
+
+def _positive(value: Any) -> bool:
+    try:
+        return 0 < float(value) < math.inf
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return False
+
+
+def ends(sde: SDE, t_start: float | None, t_end: float | None) -> tuple[float, float]:
+    """First and last time: those given, or the process's own."""
+    try:
+        start = _number(sde.T if t_start is None else t_start)
+        end = _number(sde.t_min if t_end is None else t_end)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise GridError(
+            f"t_start = {short(t_start)}, t_end = {short(t_end)}: give numbers"
+        ) from error
+    if not (math.isfinite(start) and math.isfinite(end)):
+        raise GridError(f"the grid from {start} to {end} has an end that is not finite")
+    return start, end
 
 
 def _integer_grid(name: str, sde: SDE, steps: int, denoise: bool) -> Grid:
@@ -282,11 +372,4 @@ def as_grid(grid: Grid | Sequence[float] | Tensor, denoise: bool | None = None) 
     """
     if isinstance(grid, Grid):
         return grid if denoise is None else Grid(grid.times, denoise, grid.name)
-    try:
-        times = tuple(float(t) for t in grid)
-    except (TypeError, ValueError) as error:
-        raise GridError(
-            f"the grid is {grid!r}: give a Grid or a sequence of times; a named grid comes from "
-            "make_grid(name, sde, steps)"
-        ) from error
-    return Grid(times, bool(denoise))
+    return Grid(_numbers(grid), False if denoise is None else denoise)

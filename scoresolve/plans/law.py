@@ -20,10 +20,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from scoresolve.errors import ArgumentError, ShapeError
+from scoresolve.errors import ArgumentError, ShapeError, short
 from scoresolve.models import prediction_rows
 from scoresolve.plans.stages import Call, Combine, Draw, Mark, Stage
-from scoresolve.sde import SchedulePoint
+from scoresolve.sde import SchedulePoint, host
 
 __all__ = ["Law", "Traced", "propagate"]
 
@@ -215,9 +215,15 @@ def _eigen(
     mean: Tensor | Sequence[float] | float, covariance: Tensor | Sequence[Any] | float
 ) -> tuple[Array, Array, Array | None]:
     """Mean and variances in the eigenbasis of the covariance, and the basis."""
-    mu = torch.as_tensor(mean, dtype=torch.float64).detach().cpu()
+    try:
+        mu, sigma = host(mean), host(covariance)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentError(
+            f"mean = {short(mean)}, covariance = {short(covariance)}: give numbers"
+        ) from error
+    if not bool(mu.isfinite().all() and sigma.isfinite().all()):
+        raise ArgumentError("mean or covariance is not finite: give finite numbers")
     mu = mu[None] if mu.ndim == 0 else mu
-    sigma = torch.as_tensor(covariance, dtype=torch.float64).detach().cpu()
     dimension = max(mu.shape[0], sigma.shape[-1] if sigma.ndim else 1)
     if mu.ndim > 1 or sigma.ndim > 2 or mu.shape[0] not in (1, dimension):
         raise ShapeError(

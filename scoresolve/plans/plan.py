@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -20,12 +20,11 @@ from scoresolve.models import Model, NetworkModel
 from scoresolve.noise import NoiseSource, Purpose, Times
 from scoresolve.plans.executor import Program, StepReport, check_state
 from scoresolve.plans.law import Law, propagate
-from scoresolve.plans.stages import Call, Combine, Custom, Draw, Drift, Mark, Stage
+from scoresolve.plans.reading import VERSION, read
+from scoresolve.plans.stages import Call, Combine, Custom, Draw, Drift, Stage
 from scoresolve.sde import SchedulePoint
 
 __all__ = ["Plan"]
-
-_KINDS: dict[str, type[Any]] = {cls.kind: cls for cls in (Call, Draw, Combine, Drift, Mark)}
 
 
 @dataclass(frozen=True)
@@ -90,29 +89,25 @@ class Plan:
                 f"a plan with the kernel {custom[0].kernel.name!r} cannot be saved: "
                 "save the solver's name and its grid instead"
             )
-        fields = {
+        known = {
             key: getattr(self, key)
             for key in ("solver", "process", "times", "denoised", "start", "end", "prior_std")
         }
         stages = [{"kind": stage.kind, **asdict(stage)} for stage in self.stages]
-        return json.dumps({**fields, "output": self.output, "stages": stages})
+        return json.dumps({"version": VERSION, **known, "output": self.output, "stages": stages})
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
         """The plan that `to_json` wrote.
 
         Raises:
-            ArgumentError: `text` is not such a plan.
+            ArgumentError: `text` is not such a plan; the message says what is wrong, and where.
         """
-        try:
-            data = json.loads(text)
-            stages = tuple(_stage(entry) for entry in data.pop("stages"))
-            start, end = (_point(data.pop(key)) for key in ("start", "end"))
-            return cls(
-                **{**data, "times": tuple(data["times"])}, start=start, end=end, stages=stages
-            )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ArgumentError(f"this is not a plan written by to_json: {error}") from error
+        return cls(**read(text))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # without the program, which is made of the rest and holds tensors of the last run
+        return {each.name: getattr(self, each.name) for each in fields(self)}
 
     @cached_property
     def _program(self) -> Program:
@@ -241,21 +236,6 @@ class _Drawn(NoiseSource):
         self, like: Tensor, draw: int, purpose: Purpose = Purpose.SOLVER, times: Times | None = None
     ) -> Tensor:
         return self.values[draw]
-
-
-def _point(entry: Sequence[float] | None) -> SchedulePoint | None:
-    return None if entry is None else SchedulePoint(*entry)
-
-
-def _stage(entry: dict[str, Any]) -> Stage:
-    values = dict(entry)
-    cls = _KINDS[values.pop("kind")]
-    if cls is Call:
-        values["point"] = _point(values["point"])
-    if cls is Combine:
-        values["terms"] = tuple((int(r), float(c)) for r, c in values["terms"])
-    stage: Stage = cls(**values)
-    return stage
 
 
 def _describe(stage: Stage, first_draw: int) -> tuple[str, str]:

@@ -1,6 +1,6 @@
 """Stochastic processes from data (t = 0) to noise (t = T), one file a kind."""
 
-from scoresolve.sde.base import SDE, Score, TimeLike, as_time, expand
+from scoresolve.sde.base import SDE, Score, TimeLike, as_rows, as_time, expand, host
 from scoresolve.sde.betas import (
     constant_betas,
     cosine_betas,
@@ -9,6 +9,7 @@ from scoresolve.sde.betas import (
     sampled_betas,
     scaled_linear_betas,
 )
+from scoresolve.sde.checking import check_process
 from scoresolve.sde.discrete import DiscreteVP
 from scoresolve.sde.flow import RectifiedFlow
 from scoresolve.sde.gaussian import GaussianSDE, SchedulePoint
@@ -37,12 +38,15 @@ __all__ = [
     "TimeLike",
     "UnderdampedLangevin",
     "VariancePreserving",
+    "as_rows",
     "as_time",
     "check_prior",
+    "check_process",
     "constant_betas",
     "cosine_betas",
     "expand",
     "forgetting_betas",
+    "host",
     "linear_betas",
     "log_prior",
     "prior_scale",

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from scoresolve.errors import ArgumentError, real_number, whole_number
+from scoresolve.errors import ArgumentError, real_number, short, step_count
+from scoresolve.sde.base import host
 from scoresolve.sde.vp import VariancePreserving
 
 __all__ = [
@@ -29,22 +31,33 @@ def constant_betas(steps: int, beta: float = 0.01) -> Tensor:
     """The same `beta` in (0, 1) at every step, [steps] float64."""
     if real_number("beta", beta, above=0) >= 1:
         raise ArgumentError(f"beta = {beta}: give a number below 1")
-    return torch.full((whole_number("steps", steps),), float(beta), dtype=torch.float64)
+    return host([float(beta)] * step_count("steps", steps))
 
 
 def linear_betas(steps: int = 1000, first: float = 1e-4, last: float = 0.02) -> Tensor:
-    """DDPM's schedule, [steps] float64 (Ho et al. 2020, 2006.11239, section 4)."""
-    return torch.linspace(first, last, whole_number("steps", steps), dtype=torch.float64)
+    """DDPM's schedule, [steps] float64 (Ho et al. 2020, 2006.11239, section 4).
+
+    Args:
+        steps: at least 1.
+        first, last: of the rates, in [0, 1].
+
+    Raises:
+        ArgumentError: a number is out of its range.
+    """
+    first, last = _rate("first", first), _rate("last", last)
+    return host(np.linspace(first, last, step_count("steps", steps)))
 
 
 def scaled_linear_betas(steps: int = 1000, first: float = 0.00085, last: float = 0.012) -> Tensor:
     """Latent diffusion's schedule, linear in sqrt(beta), [steps] float64 (Rombach et al. 2022)."""
+    first, last = _rate("first", first), _rate("last", last)
     return linear_betas(steps, math.sqrt(first), math.sqrt(last)) ** 2
 
 
 def cosine_betas(steps: int = 1000, s: float = 0.008, largest: float = 0.999) -> Tensor:
     """Cosine schedule, [steps] float64 (Nichol and Dhariwal 2021, 2102.09672, eq. 17)."""
-    n = torch.arange(whole_number("steps", steps) + 1, dtype=torch.float64)
+    s, largest = real_number("s", s, least=0), real_number("largest", largest, above=0, most=1)
+    n = host(range(step_count("steps", steps) + 1))
     alpha_bar = torch.cos((n / steps + s) / (1 + s) * math.pi / 2) ** 2
     return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=largest)
 
@@ -57,7 +70,7 @@ def forgetting_betas(steps: int) -> Tensor:
     Source:
         Sohl-Dickstein et al. 2015 (1503.03585), section 2.4.1.
     """
-    return 1 / torch.arange(whole_number("steps", steps), 0, -1, dtype=torch.float64)
+    return 1 / host(range(step_count("steps", steps), 0, -1))
 
 
 def sampled_betas(sde: VariancePreserving, steps: int) -> Tensor:
@@ -71,16 +84,23 @@ def sampled_betas(sde: VariancePreserving, steps: int) -> Tensor:
         [steps] float64.
 
     Raises:
-        ArgumentError: the steps are so few that a beta is not below 1.
+        ArgumentError: the steps are so few that a beta is not below 1, or `sde` has no beta(t).
 
     Source:
         Song et al. 2021 (2011.13456), appendix B, eq. 22-25.
     """
-    h = sde.T / whole_number("steps", steps)
-    betas = h * sde.beta(h * torch.arange(1, steps + 1, dtype=torch.float64))
+    if not isinstance(sde, VariancePreserving):
+        raise ArgumentError(f"{short(sde)} has no beta(t): give VP, CosineVP or their like")
+    steps = step_count("steps", steps)
+    h = sde.T / steps
+    betas = h * sde.beta(h * host(range(1, steps + 1)))
     if not bool((betas < 1).all()):
         raise ArgumentError(
             f"steps = {steps} give the beta {float(betas.max()):.3g}: give more steps, so that "
             "it is below 1"
         )
     return betas
+
+
+def _rate(name: str, value: float) -> float:
+    return real_number(name, value, least=0, most=1)

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from scoresolve.errors import ArgumentError
-from scoresolve.sde.base import TimeLike, as_time
+from scoresolve.errors import ArgumentError, real_number, short
+from scoresolve.sde.base import TimeLike, as_time, host
 from scoresolve.sde.vp import VariancePreserving
 
 __all__ = ["DiscreteVP"]
@@ -34,7 +34,8 @@ class DiscreteVP(VariancePreserving):
         t_min: where sampling stops unless told otherwise.
 
     Raises:
-        ArgumentError: the schedule does not decrease strictly inside (0, 1).
+        ArgumentError: the schedule does not decrease strictly inside (0, 1), or t_min is not in
+            [0, N].
 
     Source:
         Ho et al. 2020 (2006.11239), section 2; Song et al. 2021 (2011.13456), appendix B; Lin et
@@ -45,7 +46,7 @@ class DiscreteVP(VariancePreserving):
     t_min: float = 1.0
 
     def __post_init__(self) -> None:
-        values = torch.as_tensor(self.alphas_cumprod, dtype=torch.float64).flatten().tolist()
+        values = _numbers("alphas_cumprod", self.alphas_cumprod).flatten().tolist()
         object.__setattr__(self, "alphas_cumprod", tuple(values))
         chain = [1.0, *values]
         falls = all(0 <= b < a for a, b in itertools.pairwise(chain))
@@ -53,16 +54,18 @@ class DiscreteVP(VariancePreserving):
             raise ArgumentError(
                 "alphas_cumprod must decrease strictly inside (0, 1), and may end with 0"
             )
+        t_min = real_number("t_min", self.t_min, least=0, most=len(values))
+        object.__setattr__(self, "t_min", t_min)
         fades = chain[-1] == 0
         levels = [*chain[:-1], chain[-2]] if fades else chain
-        logs = torch.tensor(levels, dtype=torch.float64).log() / 2
+        logs = host(levels).log() / 2
         object.__setattr__(self, "_log_alphas", logs)
         object.__setattr__(self, "_fades", fades)
 
     @classmethod
     def from_betas(cls, betas: Sequence[float] | Tensor, t_min: float = 1.0) -> DiscreteVP:
         """The process of the chain with noise rates `betas`, [N] in (0, 1); the last may be 1."""
-        beta = torch.as_tensor(betas, dtype=torch.float64)
+        beta = _numbers("betas", betas)
         return cls((1 - beta).cumprod(0), t_min)
 
     @property
@@ -109,7 +112,14 @@ class DiscreteVP(VariancePreserving):
         table = self._table(log_alpha)
         n = torch.searchsorted(-table, -log_alpha.contiguous()).clamp(1, len(self.alphas_cumprod))
         t = n - 1 + (log_alpha - table[n - 1]) / (table[n] - table[n - 1])
-        if self._fading(torch.as_tensor(self.T)):
+        if self._fades:  # type: ignore[attr-defined]
             faded = self.T - (2 * (log_alpha - table[-1])).exp()
             t = torch.where(log_alpha < table[-1], faded, t)
         return t.clamp(0, self.T)
+
+
+def _numbers(name: str, values: object) -> Tensor:
+    try:
+        return host(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentError(f"{name} = {short(values)}: give a sequence of numbers") from error

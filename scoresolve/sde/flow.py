@@ -27,6 +27,9 @@ class RectifiedFlow(GaussianSDE):
         T: end time, at most 1.
         t_min: where sampling stops unless told otherwise.
 
+    Raises:
+        ArgumentError: not 0 <= t_min < T <= 1.
+
     Source:
         Liu et al. 2022 (2209.03003), eq. 1; Lipman et al. 2022 (2210.02747), example II.
     """

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 
-from scoresolve.sde.base import SDE, TimeLike, as_time, expand
+from scoresolve.sde.base import SDE, TimeLike, as_rows, as_time, expand
 
 __all__ = ["GaussianSDE", "SchedulePoint"]
 
@@ -58,11 +58,11 @@ class GaussianSDE(SDE):
 
     def log_alpha(self, t: TimeLike) -> Tensor:
         """log alpha(t), shape of `t`."""
-        return self.alpha(t).log()
+        return self.alpha(as_time(t)).log()
 
     def log_sigma(self, t: TimeLike) -> Tensor:
         """log sigma(t), shape of `t`."""
-        return self.sigma(t).log()
+        return self.sigma(as_time(t)).log()
 
     def log_snr(self, t: TimeLike) -> Tensor:
         """log(alpha^2 / sigma^2), shape of `t`; decreases with t."""
@@ -78,17 +78,20 @@ class GaussianSDE(SDE):
 
     def drift_rate(self, t: TimeLike) -> Tensor:
         """The rate alpha'/alpha, with f(x, t) = rate * x; shape of `t`."""
+        t = as_time(t)
         return self.alpha_dot(t) / self.alpha(t)
 
     def drift(self, x: Tensor, t: TimeLike) -> Tensor:
         return expand(self.drift_rate(t), x, t) * x
 
     def diffusion(self, t: TimeLike) -> Tensor:
+        t = as_time(t)
         sigma = self.sigma(t)
         return (2 * sigma * (self.sigma_dot(t) - self.drift_rate(t) * sigma)).sqrt()
 
     def point(self, t: TimeLike) -> SchedulePoint:
         """alpha, sigma and their derivatives at `t`."""
+        t = as_time(t)
         return SchedulePoint(self.alpha(t), self.sigma(t), self.alpha_dot(t), self.sigma_dot(t))
 
     def time_from_log_snr(self, log_snr: TimeLike) -> Tensor:
@@ -110,7 +113,12 @@ class GaussianSDE(SDE):
         return (low + high) / 2
 
     def marginal(self, x0: Tensor, t: TimeLike) -> tuple[Tensor, Tensor]:
-        """Mean [B, *event] and standard deviation (broadcastable) of x_t given `x0` [B, *event]."""
+        """Mean [B, *event] and standard deviation (broadcastable) of x_t given `x0` [B, *event].
+
+        Raises:
+            ShapeError: `t` is neither [] nor [B].
+        """
+        t = as_rows(t, x0)
         return expand(self.alpha(t), x0, t) * x0, expand(self.sigma(t), x0, t)
 
     def transition(self, s: TimeLike, t: TimeLike) -> tuple[Tensor, Tensor]:
@@ -118,6 +126,7 @@ class GaussianSDE(SDE):
 
         a = alpha_t / alpha_s and b^2 = sigma_t^2 (1 - SNR_t / SNR_s).
         """
+        s, t = as_time(s), as_time(t)
         scale = (self.log_alpha(t) - self.log_alpha(s)).exp()
         return scale, self.sigma(t) * self._lost(s, t).sqrt()
 
@@ -133,8 +142,8 @@ class GaussianSDE(SDE):
             Ho et al. 2020 (2006.11239), eq. 6-7; Kingma et al. 2021 (2107.00630), eq. 25-26 with
             the general alpha and sigma.
         """
-        s = as_time(s, x_t) + torch.zeros_like(as_time(t, x_t))  # rows of one, scalar of the other
-        t = as_time(t, x_t) + torch.zeros_like(s)
+        s, t = as_rows(s, x_t), as_rows(t, x_t)
+        s, t = s + torch.zeros_like(t), t + torch.zeros_like(s)  # rows of one, scalar of the other
         lost = self._lost(s, t)
         ratio = self.alpha(t) / self.alpha(s) * (self.sigma(s) / self.sigma(t)) ** 2
         mean = expand(ratio, x_t, t) * x_t + expand(self.alpha(s) * lost, x_0, t) * x_0
@@ -148,7 +157,7 @@ class GaussianSDE(SDE):
     @property
     def prior_std(self) -> float:
         """Standard deviation of the prior that sampling starts from."""
-        return float(self.sigma(self.T))
+        return float(self.sigma(as_time(self.T)))
 
     def start_std(self, t: float) -> float:
         """Standard deviation of a start that is drawn at time `t` without any data in it.

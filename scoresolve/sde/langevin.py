@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scoresolve.errors import ArgumentError, ShapeError
-from scoresolve.sde.base import SDE, TimeLike, as_time
+from scoresolve.errors import ArgumentError, ShapeError, check_output, short
+from scoresolve.sde.base import SDE, TimeLike, as_time, check_interval
 
 __all__ = ["Langevin", "UnderdampedLangevin"]
 
@@ -28,7 +28,10 @@ class Langevin(SDE):
     Args:
         score: grad log p as a function of `x` [B, *event], for example `mixture.score`.
         g: diffusion coefficient, > 0; the default gives dx = score dt + sqrt(2) dw.
-        T: how long it runs.
+        T: how long it runs, > 0.
+
+    Raises:
+        ArgumentError: `score` is no function, or a number is out of its range.
 
     Source:
         Roberts and Tweedie 1996, eq. 1.
@@ -39,11 +42,13 @@ class Langevin(SDE):
     T: float = 1.0
 
     def __post_init__(self) -> None:
+        check_interval(self)
+        _check_score(self.score)
         if not self.g > 0:
             raise ArgumentError(f"g = {self.g}: need a positive diffusion coefficient")
 
     def drift(self, x: Tensor, t: TimeLike) -> Tensor:
-        return self.g**2 / 2 * self.score(x)
+        return self.g**2 / 2 * _checked(self.score, x)
 
     def diffusion(self, t: TimeLike) -> Tensor:
         return torch.full_like(as_time(t), self.g)
@@ -60,7 +65,10 @@ class UnderdampedLangevin(SDE):
         score: grad log p as a function of the position [B, *event].
         friction: gamma > 0.
         mass: m > 0.
-        T: how long it runs.
+        T: how long it runs, > 0.
+
+    Raises:
+        ArgumentError: `score` is no function, or a number is out of its range.
 
     Source:
         Leimkuhler and Matthews 2013 (Applied Mathematics Research eXpress), eq. 1.
@@ -72,6 +80,8 @@ class UnderdampedLangevin(SDE):
     T: float = 1.0
 
     def __post_init__(self) -> None:
+        check_interval(self)
+        _check_score(self.score)
         if not (self.friction > 0 and self.mass > 0):
             raise ArgumentError(
                 f"friction = {self.friction}, mass = {self.mass}: both must be positive"
@@ -79,7 +89,7 @@ class UnderdampedLangevin(SDE):
 
     def drift(self, x: Tensor, t: TimeLike) -> Tensor:
         q, p = self.split(x)
-        return self.join(p / self.mass, self.score(q) - self.friction * p)
+        return self.join(p / self.mass, _checked(self.score, q) - self.friction * p)
 
     def diffusion(self, t: TimeLike) -> Tensor:
         t = as_time(t)
@@ -89,7 +99,7 @@ class UnderdampedLangevin(SDE):
     def stationary_score(self, x: Tensor) -> Tensor:
         """Score of the invariant density of (q, p), shape of `x` [B, 2, *event]."""
         q, p = self.split(x)
-        return self.join(self.score(q), -p / self.mass)
+        return self.join(_checked(self.score, q), -p / self.mass)
 
     @staticmethod
     def join(q: Tensor, p: Tensor) -> Tensor:
@@ -109,3 +119,14 @@ class UnderdampedLangevin(SDE):
                 "position and momentum are stacked as [B, 2, *event]"
             )
         return x[:, 0], x[:, 1]
+
+
+def _check_score(score: object) -> None:
+    if not callable(score):
+        raise ArgumentError(f"the score is {short(score)}: give a function of x")
+
+
+def _checked(score: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    value = score(x)
+    check_output(value, x)
+    return value

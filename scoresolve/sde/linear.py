@@ -21,8 +21,8 @@ import torch
 from scipy.linalg import solve_continuous_lyapunov
 from torch import Tensor
 
-from scoresolve.errors import ArgumentError, ShapeError, real_number
-from scoresolve.sde.base import SDE, TimeLike, as_time
+from scoresolve.errors import ArgumentError, ShapeError, real_number, short
+from scoresolve.sde.base import SDE, TimeLike, as_rows, as_time, expand, host
 
 __all__ = ["CriticallyDampedLangevin", "LinearSDE"]
 
@@ -61,14 +61,13 @@ class LinearSDE(SDE):
         T: float = 1.0,
         t_min: float = 1e-5,
     ) -> None:
-        self.matrix = torch.tensor(matrix, dtype=torch.float64)
-        self.noise = torch.tensor(noise, dtype=torch.float64)
-        self.start_std = torch.tensor(start_std, dtype=torch.float64)
-        m = len(self.noise)
+        self.matrix = _finite("matrix", matrix)
+        self.noise, self.start_std = _finite("noise", noise), _finite("start_std", start_std)
+        m = len(self.noise) if self.noise.ndim == 1 else 0
         if self.matrix.shape != (m, m) or self.start_std.shape != (m,) or m < 1:
             raise ArgumentError(
-                f"A of shape {tuple(self.matrix.shape)}, {m} numbers of noise and "
-                f"{len(self.start_std)} of start_std: give m rows of m numbers, m and m"
+                f"A of shape {tuple(self.matrix.shape)}, {self.noise.numel()} numbers of noise and "
+                f"{self.start_std.numel()} of start_std: give m rows of m numbers, m and m"
             )
         if bool((self.noise < 0).any() or (self.start_std < 0).any() or self.start_std[0] != 0):
             raise ArgumentError("noise and start_std are at least 0, and start_std[0] is 0")
@@ -126,20 +125,21 @@ class LinearSDE(SDE):
 
     def drift(self, x: Tensor, t: TimeLike) -> Tensor:
         self._check(x)
-        beta = self.beta(t).to(x)
-        beta = beta.reshape(-1, *(1,) * (x.ndim - 1)) if beta.ndim else beta
-        return beta * mixed(self.matrix, x)
+        return expand(self.beta(t), x, t) * mixed(self.matrix, x)
 
     def diffusion(self, t: TimeLike) -> Tensor:
         """sqrt(beta) G's diagonal, [*t.shape, m]."""
         beta = self.beta(t)
-        return beta.sqrt()[..., None] * self.noise.to(beta.device)
+        return beta.sqrt()[..., None] * self.noise.to(beta)
 
     def transition(self, s: TimeLike, t: TimeLike) -> tuple[Tensor, Tensor]:
         """Phi and Q of u_t | u_s, [*shape, m, m] float64, for s <= t."""
-        b = self.clock(t).double() - self.clock(s).double()
-        phi, q = van_loan(self.matrix, self.noise, b.cpu())
-        return phi.to(b.device), q.to(b.device)
+        at_t, at_s = self.clock(t), self.clock(s)
+        device = at_t.device if at_t.ndim else at_s.device
+        phi, q = van_loan(self.matrix, self.noise, at_t.cpu().double() - at_s.cpu().double())
+        if device.type == "mps":  # which has no float64
+            phi, q = phi.float(), q.float()
+        return phi.to(device), q.to(device)
 
     def marginal(self, x0: Tensor, t: TimeLike) -> tuple[Tensor, Tensor]:
         """Mean and covariance of u_t given clean data.
@@ -151,14 +151,14 @@ class LinearSDE(SDE):
         Returns:
             Mean [B, m, *event], and covariance of the parts, [m, m] or [B, m, m], float64.
         """
-        phi, covariance = self.kernel(t)
+        phi, covariance = self.kernel(as_rows(t, x0))
         shape = (-1, self.parts, *(1,) * (x0.ndim - 1))
         return phi.to(x0).reshape(shape) * x0[:, None], covariance
 
     def kernel(self, t: TimeLike) -> tuple[Tensor, Tensor]:
         """What the data are multiplied by in u_t, [*t.shape, m], and the covariance of the rest."""
         phi, q = self.transition(0.0, t)
-        start = phi * self.start_std.to(phi.device)
+        start = phi * self.start_std.to(phi)
         return phi[..., 0], q + start @ start.mT
 
     def from_normals(self, z: Tensor) -> Tensor:
@@ -215,6 +215,7 @@ class CriticallyDampedLangevin(LinearSDE):
             real_number("mass", mass, above=0),
             real_number("gamma", gamma, least=0),
         )
+        mass, gamma = self.mass, self.gamma
         friction = 2 * math.sqrt(mass)
         super().__init__(
             [[0.0, 1 / mass], [-1.0, -friction / mass]],
@@ -225,6 +226,16 @@ class CriticallyDampedLangevin(LinearSDE):
             T,
             t_min,
         )
+
+
+def _finite(name: str, values: object) -> Tensor:
+    try:
+        numbers = host(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentError(f"{name} = {short(values)}: give numbers") from error
+    if not bool(numbers.isfinite().all()):
+        raise ArgumentError(f"{name} = {short(values)}: give finite numbers")
+    return numbers
 
 
 def mixed(matrix: Tensor, x: Tensor) -> Tensor:
@@ -238,7 +249,7 @@ def mixed(matrix: Tensor, x: Tensor) -> Tensor:
 def van_loan(matrix: Tensor, noise: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Phi and Q of du = A u db + G dw over lengths b [*shape] >= 0, [*shape, m, m] float64."""
     m = len(noise)
-    block = torch.zeros(2 * m, 2 * m, dtype=torch.float64)
+    block = host(np.zeros((2 * m, 2 * m)))
     block[:m, :m], block[m:, m:] = matrix, -matrix.mT
     block[:m, m:] = noise.square().diag()
     # F holds exp(|A| b) and Phi its inverse: over long lengths no digit of the product is left

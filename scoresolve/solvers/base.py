@@ -11,9 +11,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from scoresolve.grid import Grid, make_grid
+from scoresolve.errors import step_count
+from scoresolve.grid import Grid, ends, make_grid
 from scoresolve.plans import Linear, Run
-from scoresolve.sde import SDE, GaussianSDE
+from scoresolve.sde import SDE, GaussianSDE, as_time, check_process
 
 __all__ = ["Solver"]
 
@@ -72,11 +73,12 @@ class Solver(ABC):
         Where its grid is singular at alpha = 0 the first step jumps to log-SNR -9 or, of more than
         20 steps, lower; where it cannot jump, or at sigma = 0, the grid is "flow".
         """
+        steps = step_count("steps", steps)
+        check_process(sde)
         if not isinstance(sde, GaussianSDE):
             return make_grid("uniform", sde, steps, t_start, t_end, denoise)
-        start = sde.T if t_start is None else float(t_start)
-        end = sde.t_min if t_end is None else float(t_end)
-        finite = [math.isfinite(float(sde.log_snr(time))) for time in (start, end)]
+        start, end = ends(sde, t_start, t_end)
+        finite = [math.isfinite(float(sde.log_snr(as_time(time)))) for time in (start, end)]
         if self.grid not in _SINGULAR or all(finite):
             return make_grid(self.grid, sde, steps, t_start, t_end, denoise, **self.grid_options)
         if not (finite[1] and start > end and self.jumps_at_noise):

@@ -24,10 +24,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from scipy.optimize import brentq
 
-from scoresolve.errors import known_name, real_number
+from scoresolve.errors import ArgumentError, known_name, real_number
 from scoresolve.plans import Linear, Run
 
 __all__ = [
@@ -112,22 +113,42 @@ def noise_form(eta: float = 0.0) -> Form:
     Raises:
         ArgumentError: another eta.
     """
-    factor = 1 + check_eta(eta) ** 2
-
-    def std(run: Run, t: float, s: float) -> float:
-        k_t, gained = math.exp(-run.log_snr_half(t)), run.log_snr_half(s) - run.log_snr_half(t)
-        return eta * k_t * math.sqrt(-math.expm1(-2 * gained))
-
+    eta = check_eta(eta)
     return Form(
         "eps",
-        scale=lambda run, t: run.alpha(t),
-        clock=lambda run, t: math.exp(-run.log_snr_half(t)),
-        time=lambda run, tau: run.time(-math.log(tau)),
-        mix=lambda run, t: (0.0, factor),
-        clock_rate=lambda lam: -math.exp(-lam),
-        std=std if eta else _zero,
+        scale=_alpha,
+        clock=_noise_ratio,
+        time=_time_of_noise_ratio,
+        mix=partial(_prediction_times, 1 + eta**2),
+        clock_rate=_noise_ratio_rate,
+        std=partial(_noise_ratio_std, eta) if eta else _zero,
         singular_at_noise=True,
     )
+
+
+def _alpha(run: Run, t: float) -> float:
+    return run.alpha(t)
+
+
+def _noise_ratio(run: Run, t: float) -> float:
+    return math.exp(-run.log_snr_half(t))
+
+
+def _time_of_noise_ratio(run: Run, tau: float) -> float:
+    return run.time(-math.log(tau))
+
+
+def _noise_ratio_rate(lam: float) -> float:
+    return -math.exp(-lam)
+
+
+def _noise_ratio_std(eta: float, run: Run, t: float, s: float) -> float:
+    k_t, gained = math.exp(-run.log_snr_half(t)), run.log_snr_half(s) - run.log_snr_half(t)
+    return eta * k_t * math.sqrt(-math.expm1(-2 * gained))
+
+
+def _prediction_times(factor: float, run: Run, t: float) -> tuple[float, float]:
+    return 0.0, factor
 
 
 def data_form(eta: float = 0.0) -> Form:
@@ -138,10 +159,20 @@ def data_form(eta: float = 0.0) -> Form:
     """
     square = check_eta(eta) ** 2
     if square == 0:
-        return replace(
-            phi_form(lambda lam: 0.0, lambda lam: 0.0), std=_zero, singular_at_noise=False
-        )
-    return phi_form(lambda lam: -square * lam, lambda lam: -square)
+        return replace(phi_form(_nothing, _nothing), std=_zero, singular_at_noise=False)
+    return phi_form(partial(_product, -square), partial(_first, -square))
+
+
+def _nothing(lam: float) -> float:
+    return 0.0
+
+
+def _product(factor: float, lam: float) -> float:
+    return factor * lam
+
+
+def _first(value: float, lam: float) -> float:
+    return value
 
 
 def exponential_form(name: str, eta: float = 0.0) -> Form:
@@ -162,25 +193,41 @@ def phi_form(excess: Callable[[float], float], excess_rate: Callable[[float], fl
         excess: log(phi/k) as a function of lam = -log k, not rising with lam.
         excess_rate: its derivative.
     """
-
-    def std(run: Run, t: float, s: float) -> float:
-        before, after = (-excess(run.log_snr_half(time)) for time in (t, s))
-        return math.exp(after) * math.sqrt(-math.expm1(2 * (before - after)))
-
-    def time(run: Run, tau: float) -> float:
-        lam = brentq(lambda lam: lam - excess(lam) - math.log(tau), -100.0, 100.0, xtol=1e-14)
-        return run.time(lam)
-
+    phi = _Phi(excess, excess_rate)
     return Form(
         "x0",
-        scale=lambda run, t: run.sigma(t) * math.exp(excess(run.log_snr_half(t))),
-        clock=lambda run, t: math.exp(run.log_snr_half(t) - excess(run.log_snr_half(t))),
-        time=time,
-        clock_rate=lambda lam: (1 - excess_rate(lam)) * math.exp(lam - excess(lam)),
-        std=std,
+        scale=phi.scale,
+        clock=phi.clock,
+        time=phi.time,
+        clock_rate=phi.clock_rate,
+        std=phi.std,
         singular_at_noise=True,
         singular_at_data=True,
     )
+
+
+@dataclass(frozen=True)
+class _Phi:
+    excess: Callable[[float], float]
+    excess_rate: Callable[[float], float]
+
+    def scale(self, run: Run, t: float) -> float:
+        return run.sigma(t) * math.exp(self.excess(run.log_snr_half(t)))
+
+    def clock(self, run: Run, t: float) -> float:
+        return math.exp(run.log_snr_half(t) - self.excess(run.log_snr_half(t)))
+
+    def time(self, run: Run, tau: float) -> float:
+        goal = math.log(tau)
+        lam = brentq(lambda lam: lam - self.excess(lam) - goal, -100.0, 100.0, xtol=1e-14)
+        return run.time(lam)
+
+    def clock_rate(self, lam: float) -> float:
+        return (1 - self.excess_rate(lam)) * math.exp(lam - self.excess(lam))
+
+    def std(self, run: Run, t: float, s: float) -> float:
+        before, after = (-self.excess(run.log_snr_half(time)) for time in (t, s))
+        return math.exp(after) * math.sqrt(-math.expm1(2 * (before - after)))
 
 
 def scaled_form(c: float, b: float, rate_c: float, rate_b: float) -> Form:
@@ -192,39 +239,76 @@ def scaled_form(c: float, b: float, rate_c: float, rate_b: float) -> Form:
     Args:
         c, rate_c: levels of sigma/alpha, > 0.
         b, rate_b: bends, in [0, 1).
+
+    Raises:
+        ArgumentError: a number is out of its range.
     """
-    width = math.sqrt(1 - rate_b**2)
-    angle_0 = math.atan(rate_b / width)
+    levels = (real_number(name, v, above=0) for name, v in (("c", c), ("rate_c", rate_c)))
+    bends = (real_number(name, v, least=0) for name, v in (("b", b), ("rate_b", rate_b)))
+    (c, rate_c), (b, rate_b) = levels, bends
+    if max(b, rate_b) >= 1:
+        raise ArgumentError(f"b = {b}, rate_b = {rate_b}: give bends in [0, 1)")
+    scaled = _Scaled(c, b, rate_c, rate_b)
+    return Form("x0", scaled.size, scaled.clock, scaled.time, scaled.mix, scaled.clock_rate)
 
-    def size(run: Run, t: float) -> float:
-        alpha, sigma = run.alpha(t), run.sigma(t)
-        return math.sqrt(sigma**2 + 2 * b * c * alpha * sigma + (c * alpha) ** 2)
 
-    def clock(run: Run, t: float) -> float:
-        side, height = rate_c * run.alpha(t), run.sigma(t)
-        return (math.atan2(height + rate_b * side, width * side) - angle_0) / width
+@dataclass(frozen=True)
+class _Scaled:
+    c: float
+    b: float
+    rate_c: float
+    rate_b: float
 
-    def time(run: Run, tau: float) -> float:
-        return run.time(-math.log(rate_c * (width * math.tan(width * tau + angle_0) - rate_b)))
+    @property
+    def width(self) -> float:
+        return math.sqrt(1 - self.rate_b**2)
 
-    def mix(run: Run, t: float) -> tuple[float, float]:
-        alpha, sigma, r = run.alpha(t), run.sigma(t), size(run, t)
-        q = sigma**2 + 2 * rate_b * rate_c * alpha * sigma + (rate_c * alpha) ** 2
+    @property
+    def angle_0(self) -> float:
+        return math.atan(self.rate_b / self.width)
+
+    def size(self, run: Run, t: float) -> float:
+        c, alpha, sigma = self.c, run.alpha(t), run.sigma(t)
+        return math.sqrt(sigma**2 + 2 * self.b * c * alpha * sigma + (c * alpha) ** 2)
+
+    def clock(self, run: Run, t: float) -> float:
+        side, height, width = self.rate_c * run.alpha(t), run.sigma(t), self.width
+        return (math.atan2(height + self.rate_b * side, width * side) - self.angle_0) / width
+
+    def time(self, run: Run, tau: float) -> float:
+        width = self.width
+        k = self.rate_c * (width * math.tan(width * tau + self.angle_0) - self.rate_b)
+        return run.time(-math.log(k))
+
+    def mix(self, run: Run, t: float) -> tuple[float, float]:
+        c, b, rate_c = self.c, self.b, self.rate_c
+        alpha, sigma, r = run.alpha(t), run.sigma(t), self.size(run, t)
+        q = sigma**2 + 2 * self.rate_b * rate_c * alpha * sigma + (rate_c * alpha) ** 2
         return c * (c * alpha + b * sigma) * q / (rate_c * sigma * r**3), -q / (rate_c * sigma * r)
 
-    def clock_rate(lam: float) -> float:
-        k = math.exp(-lam)
-        return -rate_c * k / (rate_c**2 + 2 * rate_b * rate_c * k + k**2)
-
-    return Form("x0", size, clock, time, mix, clock_rate)
+    def clock_rate(self, lam: float) -> float:
+        rate_c, k = self.rate_c, math.exp(-lam)
+        return -rate_c * k / (rate_c**2 + 2 * self.rate_b * rate_c * k + k**2)
 
 
 def _radius(run: Run, t: float) -> float:
     return math.hypot(run.alpha(t), run.sigma(t))
 
 
-def _log_tan(angle: float) -> float:
-    return math.log(math.tan(angle)) if angle > 0 else -math.inf
+def _polar_angle(run: Run, t: float) -> float:
+    return math.atan2(run.sigma(t), run.alpha(t))
+
+
+def _time_of_angle(run: Run, tau: float) -> float:
+    return run.time(-math.log(math.tan(tau)) if tau > 0 else math.inf)
+
+
+def _over_radius(run: Run, t: float) -> tuple[float, float]:
+    return 0.0, 1 / _radius(run, t)
+
+
+def _itself(run: Run, t: float) -> float:
+    return t
 
 
 FORMS = {
@@ -233,15 +317,15 @@ FORMS = {
     "v": Form(
         "v",
         scale=_radius,
-        clock=lambda run, t: math.atan2(run.sigma(t), run.alpha(t)),
-        time=lambda run, tau: run.time(-_log_tan(tau)),
-        mix=lambda run, t: (0.0, 1 / _radius(run, t)),
+        clock=_polar_angle,
+        time=_time_of_angle,
+        mix=_over_radius,
     ),
     "flow": Form(
         "flow",
         scale=_one,
-        clock=lambda run, t: t,
-        time=lambda run, tau: tau,
+        clock=_itself,
+        time=_itself,
     ),
 }
 

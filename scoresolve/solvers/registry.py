@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from scoresolve.errors import ArgumentError, UnknownNameError
+from scoresolve.errors import ArgumentError, UnknownNameError, short
 from scoresolve.grid import make_grid
 from scoresolve.plans import Custom, Draw, trace
 from scoresolve.sde import VP
@@ -182,10 +182,13 @@ def get_solver(solver: str | Solver | Integrator) -> Solver | Integrator:
     if isinstance(solver, Solver | Integrator):
         return solver
     if not isinstance(solver, str):
-        raise ArgumentError(f"solver is {solver!r}: give a name or a Solver object")
+        raise ArgumentError(f"solver is {short(solver)}: give a name or a Solver object")
     row = ALIASES.get(solver, solver)
     if row not in REGISTRY:
-        raise UnknownNameError("solver", solver, [*REGISTRY, *ALIASES])
+        names = [*REGISTRY, *ALIASES]
+        raise UnknownNameError(
+            "solver", solver, names, "`scoresolve solvers` and ss.solvers.REGISTRY"
+        )
     return REGISTRY[row]()
 
 

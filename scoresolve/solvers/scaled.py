@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 from scoresolve.errors import real_number, whole_number
 from scoresolve.plans import Run
@@ -63,10 +64,7 @@ class ScaledAdams(Adams):
         self.scale = 1.0 if scale is None else real_number("scale", scale, above=0)
         self.settings, self.wants_scale = (order, scale, start), scale is None
         form = scaled_form(self.scale * C, B, self.scale * RATE_C, RATE_B)
-        turn = self.scale * TURN
-
-        def angle(run: Run, lams: Sequence[float]) -> list[float]:
-            return [math.atan(math.exp(-lam) / turn) for lam in lams]
+        angle = partial(_angle, self.scale * TURN)
 
         if order is None:
             super().__init__(5, form, angle, 5, "graded")
@@ -87,3 +85,7 @@ class ScaledAdams(Adams):
     def scaled(self, scale: float | None) -> Solver:
         order, _, start = self.settings
         return ScaledAdams(order, scale, start) if self.wants_scale else self
+
+
+def _angle(turn: float, run: Run, lams: Sequence[float]) -> list[float]:
+    return [math.atan(math.exp(-lam) / turn) for lam in lams]

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from scoresolve.errors import ArgumentError, Status, row_status, whole_number
+from scoresolve.errors import ArgumentError, Status, row_status, step_count
 from scoresolve.noise import NoiseSource, Purpose
+from scoresolve.sde import host
 from scoresolve.sde.linear import LinearSDE, mixed, van_loan
 from scoresolve.solvers.adaptive import BoundedDrift, CallLimit, unmoved
 from scoresolve.solvers.integrator import GaussianFlow, Integrator, RowDrift, Solution
@@ -45,7 +46,7 @@ class SSCS(Integrator):
     def __init__(self, sde: LinearSDE, steps: int = 100) -> None:
         if not isinstance(sde, LinearSDE):
             raise ArgumentError(f"sscs splits a LinearSDE, not {sde}: take 'euler_maruyama'")
-        self.sde, self.steps = sde, whole_number("steps", steps)
+        self.sde, self.steps = sde, step_count("steps", steps)
         inverse = torch.linalg.inv(sde.stationary)
         self.rest = sde.stationary @ sde.matrix.mT @ inverse
 
@@ -71,7 +72,7 @@ class SSCS(Integrator):
         field = BoundedDrift(drift, x, t_start, t_end, self.max_calls)
         if t_start == t_end or not x.numel():
             return unmoved(x, t_end)
-        y, rows = x.to(field.state_dtype), torch.arange(len(x))
+        y, rows = x.to(field.state_dtype), torch.arange(len(x), device="cpu")
         first, last = (float(self.sde.clock(t)) for t in (t_start, t_end))
         step = (first - last) / self.steps
         half, whole = (self._at_rest(b) for b in (step / 2, step))
@@ -97,7 +98,7 @@ class SSCS(Integrator):
 
     def _at_rest(self, b: float) -> tuple[Tensor, Tensor]:
         """Transition of du = R u db + G dw over b, and a factor of its covariance."""
-        phi, q = van_loan(self.rest, self.sde.noise, torch.tensor(b, dtype=torch.float64))
+        phi, q = van_loan(self.rest, self.sde.noise, host(b))
         return phi, torch.linalg.cholesky(q)
 
     def _move(

@@ -1,0 +1,393 @@
+"""What is given wrong is named, and what is right survives a copy."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import multiprocessing
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from scoresolve.errors import (
+    ArgumentError,
+    GridError,
+    ScoresolveError,
+    ShapeError,
+    SolveError,
+    UnknownNameError,
+    check_output,
+)
+from scoresolve.grid import Grid, as_grid, make_grid
+from scoresolve.plans import Custom, Linear, Plan, Run, trace
+from scoresolve.sde import (
+    EDM,
+    SDE,
+    VE,
+    VP,
+    CosineVP,
+    CriticallyDampedLangevin,
+    DiscreteVP,
+    GaussianSDE,
+    Langevin,
+    RectifiedFlow,
+    check_process,
+    linear_betas,
+)
+from scoresolve.solvers import REGISTRY, Solver, get_solver
+
+F64 = torch.float64
+TIMES = (0.9, 0.5, 0.1)
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_every_solver_survives_pickle_and_deepcopy(name: str) -> None:
+    solver = get_solver(name)
+    for same in (pickle.loads(pickle.dumps(solver)), copy.deepcopy(solver)):
+        assert type(same) is type(solver) and same.name == solver.name
+        if isinstance(solver, Solver):
+            plan, again = (trace(s, VP(), TIMES) for s in (solver, same))
+            kernels = [s for s in plan.stages if isinstance(s, Custom)]
+            assert again == plan if not kernels else str(again) == str(plan)
+            kept = pickle.loads(pickle.dumps(plan))
+            assert kept == plan if not kernels else str(kept) == str(plan)
+
+
+def fail(number: int) -> None:
+    error = SolveError("two rows failed", number)
+    raise error if number else UnknownNameError("solver", "hun", ["heun"])
+
+
+def test_errors_come_back_from_another_process() -> None:
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        with pytest.raises(SolveError, match="two rows failed") as found:
+            pool.map_async(fail, [7]).get(timeout=30)
+        assert found.value.result == 7
+        with pytest.raises(UnknownNameError, match="'hun': did you mean 'heun'"):
+            pool.map_async(fail, [0]).get(timeout=30)
+
+
+# --- slips inside a step -------------------------------------------------------------------------
+
+Step = Callable[[Linear, float, float, Run], Any]
+
+
+def solver_of(formula: Step) -> Solver:
+    class Mine(Solver):
+        name, predicts, order, source = "mine", "x0", 1, "a test"
+
+        def step(self, x: Linear, t: float, s: float, run: Run) -> Any:
+            return formula(x, t, s, run)
+
+    return Mine()
+
+
+def m(x: Linear, t: float, run: Run) -> Any:
+    return run.predict(x, t)
+
+
+SLIPS: dict[str, tuple[Step, str]] = {
+    "adds a number": (lambda x, t, s, run: m(x, t, run) + 1, "number cannot be added"),
+    "adds noise of torch": (lambda x, t, s, run: m(x, t, run) + torch.ones(3), "shape \\(3,\\)"),
+    "product": (lambda x, t, s, run: x * m(x, t, run), "multiplies or divides two"),
+    "quotient": (lambda x, t, s, run: x / m(x, t, run), "multiplies or divides two"),
+    "clamp": (lambda x, t, s, run: m(x, t, run).clamp(-1, 1), "\\.clamp"),
+    "tanh": (lambda x, t, s, run: torch.tanh(m(x, t, run)), "tanh"),
+    "batch of weights": (lambda x, t, s, run: torch.ones(2) * m(x, t, run), "one number"),
+    "comparison": (lambda x, t, s, run: x * (m(x, t, run) > 0), "compares"),
+    "equality": (lambda x, t, s, run: x * (m(x, t, run) == 0), "compares"),
+    "number of a state": (lambda x, t, s, run: float(m(x, t, run)) * x, "makes a number"),
+    "numbers of math": (lambda x, t, s, run: math.exp(m(x, t, run)) * x, "makes a number"),
+    "index": (lambda x, t, s, run: m(x, t, run)[:, 0], "index"),
+    "power": (lambda x, t, s, run: m(x, t, run) ** 2, "power"),
+    "no state": (lambda x, t, s, run: 1.0, "returned 1.0"),
+    "nothing left": (lambda x, t, s, run: 0.0 * m(x, t, run), "leaves nothing"),
+    "no call": (lambda x, t, s, run: 0.9 * x, "never calls the model"),
+    "no past": (lambda x, t, s, run: m(x, t, run) + run.past[-1].m, "run.past\\[-1\\]"),
+    "outside": (lambda x, t, s, run: m(x, 0.95, run), "outside the grid"),
+    "no time": (lambda x, t, s, run: m(x, math.nan, run), "no time"),
+    "hidden noise": (lambda x, t, s, run: m(x, t, run) + run.noise(t, s), "stochastic = True"),
+    "text": (lambda x, t, s, run: "2" * m(x, t, run), "give a finite number"),
+    "a bug of its own": (lambda x, t, s, run: run.nothing, "failed: .*nothing"),
+}
+
+
+@pytest.mark.parametrize("slip", SLIPS)
+def test_a_slip_inside_a_step_is_named(slip: str) -> None:
+    formula, message = SLIPS[slip]
+    with pytest.raises(ArgumentError, match=f"step of 'mine' .*{message}"):
+        trace(solver_of(formula), VP(), TIMES)
+
+
+def test_an_unknown_prediction_and_a_coefficient_that_is_no_number_are_named() -> None:
+    with pytest.raises(UnknownNameError, match="'mine', 'x1': did you mean 'x0'"):
+        trace(solver_of(lambda x, t, s, run: run.predict(x, t, "x1")), VP(), TIMES)
+    with pytest.raises(GridError, match=r"step of 'mine' from t = 0\.9"):
+        trace(solver_of(lambda x, t, s, run: math.nan * m(x, t, run)), VP(), TIMES)
+
+
+def test_a_sum_may_start_at_zero_and_a_coefficient_be_a_tensor_without_axes() -> None:
+    half = torch.tensor(0.5, dtype=F64)
+    plain = trace(solver_of(lambda x, t, s, run: 0.5 * x + 0.5 * m(x, t, run)), EDM(), TIMES)
+    same = trace(solver_of(lambda x, t, s, run: sum([half * x, m(x, t, run) / 2])), EDM(), TIMES)
+    assert same == plain
+
+
+def test_a_state_kept_on_the_solver_does_not_enter_the_next_run() -> None:
+    kept: list[Linear] = []
+
+    def remembers(x: Linear, t: float, s: float, run: Run) -> Linear:
+        kept.append(m(x, t, run))
+        return x + sum(kept)
+
+    trace(solver_of(remembers), VP(), TIMES)
+    with pytest.raises(ArgumentError, match="of another run"):
+        trace(solver_of(remembers), VP(), TIMES)
+
+
+# --- saved plans ---------------------------------------------------------------------------------
+
+SAVED = [trace(get_solver(n), EDM(), (10.0, 1.0, 0.1)).to_json() for n in ("heun", "ddpm")]
+
+
+def paths(entry: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    inside = entry.items() if isinstance(entry, dict) else ()
+    inside = enumerate(entry) if isinstance(entry, list) else inside
+    found = [at] if at else []
+    for key, value in inside:
+        found += paths(value, (*at, key))
+    return found
+
+
+JUNK = st.one_of(
+    st.none(), st.booleans(), st.integers(-3, 3), st.just(10**400), st.floats(), st.text(max_size=2)
+) | st.sampled_from([[], {}, [1, 2, 3, 4], "combine", "eps"])
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_a_damaged_plan_is_refused_with_a_word_or_is_a_plan_that_runs(data: st.DataObject) -> None:
+    text = data.draw(st.sampled_from(SAVED))
+    entry = json.loads(text)
+    *way, last = data.draw(st.sampled_from(paths(entry)))
+    holder = entry
+    for key in way:
+        holder = holder[key]
+    if data.draw(st.booleans()):
+        del holder[last]
+    else:
+        holder[last] = data.draw(JUNK)
+    try:
+        plan = Plan.from_json(json.dumps(entry))
+    except ScoresolveError:
+        return
+    assert Plan.from_json(plan.to_json()) == plan or "NaN" in plan.to_json()
+    assert plan.steps == sum(stage.kind == "mark" for stage in plan.stages)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[" * 10**5,
+        "{}",
+        SAVED[0] + "x",
+        SAVED[0][:-9],
+        '{"solver": 1, "solver": 2}',
+        "NaN",
+        "7",
+    ],
+)
+def test_what_is_no_saved_plan_is_refused(text: str) -> None:
+    with pytest.raises(ArgumentError, match="not a plan written by to_json"):
+        Plan.from_json(text)
+
+
+# --- grids ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("karras", {"rho": 7, "rhoo": 3}, "'rhoo': did you mean 'rho'"),
+        ("uniform", {"rho": 7}, "option of the grid 'uniform', 'rho': there are none"),
+        ("shift", {"scale": 2.0}, "known are 'shift'"),
+    ],
+)
+def test_a_grid_refuses_options_it_does_not_have(
+    name: str, options: dict[str, float], message: str
+) -> None:
+    with pytest.raises(UnknownNameError, match=message):
+        make_grid(name, VP(), 10, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("steps", [0, 10**9, "10", 2.5, True, math.nan, None])
+def test_a_number_of_steps_is_a_number_of_steps(steps: Any) -> None:
+    for build in (lambda: make_grid("karras", VP(), steps), lambda: linear_betas(steps)):
+        with pytest.raises(ArgumentError, match="give a whole number"):
+            build()
+    with pytest.raises(ArgumentError, match="whole number"):
+        get_solver("dpmpp_2m").make_grid(RectifiedFlow(), steps)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("times", [["0.9", "0.1"], "karras", [None, 1], torch.ones(2, 2), 3])
+def test_times_that_are_no_numbers_are_refused(times: Any) -> None:
+    with pytest.raises(GridError):
+        as_grid(times)
+    with pytest.raises(GridError):
+        Grid(times)
+
+
+# --- processes -----------------------------------------------------------------------------------
+
+
+class Own(GaussianSDE):
+    T, t_min = 1.0, 0.01
+
+    def alpha(self, t: Any) -> Any:
+        return 1 - 0.9 * t**2
+
+    def sigma(self, t: Any) -> Any:
+        return 0.1 + t
+
+
+class Plain(SDE):
+    def drift(self, x: Tensor, t: Any) -> Tensor:
+        return -x
+
+    def diffusion(self, t: Any) -> Any:
+        return torch.ones_like(t)
+
+
+def variant(base: type, **methods: Any) -> Any:
+    return type("Variant", (base,), methods)()
+
+
+FAULTY: dict[str, tuple[Any, str]] = {
+    "none": (None, "sde is None"),
+    "class": (VP, "is the class VP: give an instance"),
+    "falling sigma": (variant(Own, sigma=lambda s, t: torch.sin(3 * t)), "does not fall"),
+    "negative": (variant(Own, alpha=lambda s, t: 0.5 - t), "at least 0"),
+    "nan": (variant(Own, sigma=lambda s, t: t * math.nan), "finite"),
+    "number": (variant(Own, alpha=lambda s, t: 1.0), "returned float"),
+    "one for all": (variant(Own, alpha=lambda s, t: torch.ones(1)), "shape \\(1,\\)"),
+    "wrong closed form": (variant(Own, diffusion=lambda s, t: torch.ones_like(t)), "mend"),
+    "wrong rate": (variant(Own, drift_rate=lambda s, t: -t), "mend"),
+    "diffusion": (variant(Plain, diffusion=lambda s, t: 1.0), "returned float"),
+    "negative diffusion": (variant(Plain, diffusion=lambda s, t: -torch.ones_like(t)), "negative"),
+    "drift": (variant(Plain, drift=lambda s, x, t: -x.sum(1, keepdim=True)), "shape \\(2, 1\\)"),
+    "writes": (variant(Plain, drift=lambda s, x, t: x.mul_(-1)), "writes into x"),
+    "fails": (variant(Plain, drift=lambda s, x, t: x @ x), "drift failed"),
+    "parts": (
+        variant(Plain, diffusion=lambda s, t: torch.ones(*t.shape, 2)),
+        "appends axes \\(2,\\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FAULTY)
+def test_a_process_that_does_not_keep_its_word_is_refused(case: str) -> None:
+    sde, message = FAULTY[case]
+    with pytest.raises((ArgumentError, ShapeError), match=message):
+        check_process(sde, torch.ones(4, 3))
+
+
+def test_a_process_of_ones_own_is_asked_once() -> None:
+    asked = []
+    sde = variant(Plain, diffusion=lambda s, t: asked.append(1) or torch.ones_like(t))
+    for _ in range(3):
+        check_process(sde, torch.ones(4, 3))
+    assert len(asked) == 1
+    check_process(Own(), torch.ones(4, 3))
+    assert float(Own().marginal(torch.ones(1, 1, dtype=F64), 0.5)[0]) == pytest.approx(0.775)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -1.0, "1", None])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda v: VP(beta_max=v),
+        lambda v: VE(sigma_max=v),
+        lambda v: EDM(sigma_max=v),
+        lambda v: RectifiedFlow(T=v),
+        lambda v: CosineVP(s=v),
+        lambda v: DiscreteVP([0.9, 0.5], t_min=v),
+        lambda v: Langevin(lambda x: -x, g=v),
+        lambda v: Langevin(lambda x: -x, T=v),
+        lambda v: CriticallyDampedLangevin(mass=v),
+        lambda v: linear_betas(10, last=v),
+    ],
+)
+def test_parameters_out_of_range_are_refused(build: Callable[[Any], Any], wrong: Any) -> None:
+    with pytest.raises(ArgumentError):
+        build(wrong)
+
+
+@pytest.mark.parametrize("sde", [VP(), EDM(), CriticallyDampedLangevin()], ids=str)
+@pytest.mark.parametrize("axes", [1, 2])
+def test_a_column_of_times_is_a_time_per_row(sde: Any, axes: int) -> None:
+    x, t = torch.arange(12.0, dtype=F64).reshape(3, 2, 2), torch.tensor([0.2, 0.5, 0.9], dtype=F64)
+    column = t.reshape(-1, *(1,) * axes)
+
+    def score(y: Tensor, t: Any) -> Tensor:
+        return -y
+
+    def reverse_drift(y: Tensor, t: Any) -> Any:
+        return sde.reverse_drift(y, t, score)
+
+    def mean(y: Tensor, t: Any) -> Any:
+        return sde.marginal(y, t)[0]
+
+    for ask in (sde.drift, reverse_drift, mean):
+        torch.testing.assert_close(ask(x, column), ask(x, t), rtol=0, atol=0)
+        for wrong in (t[:2], torch.ones(3, 2, dtype=F64)):
+            with pytest.raises(ShapeError, match="one for each sample"):
+                ask(x, wrong)
+
+
+def test_host_numbers_do_not_hang_on_torch_s_defaults() -> None:
+    def all_of_it() -> list[Any]:
+        grids = [make_grid(n, VP(), 4).times for n in ("karras", "beta", "scaled")]
+        chain = DiscreteVP.from_betas(linear_betas(20))
+        phi = CriticallyDampedLangevin().transition(0.1, 0.5)[0]
+        plan = trace(get_solver("dpmpp_3m"), chain, (20.0, 5.0, 1.0))  # type: ignore[arg-type]
+        return [grids, plan, phi.tolist(), float(VP().sigma(0.5)), plan.law(1.0, 0.5).wasserstein]
+
+    expected = all_of_it()
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_device("meta")
+        torch.set_default_dtype(torch.float16)
+        assert all_of_it() == expected
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (torch.ones(2, 3, dtype=torch.complex64), "complex64"),
+        (torch.ones(2, 3, dtype=torch.bool), "bool"),
+        (torch.ones(2, 3, dtype=torch.long), "int64"),
+        (torch.ones(2, 3).to_sparse(), "sparse"),
+        (torch.ones(2, 3, device="meta"), "meta"),
+        (torch.ones(2, 6), "keep the first half, as lambda x, t: net"),
+    ],
+)
+def test_an_answer_that_is_no_prediction_is_refused(output: Tensor, message: str) -> None:
+    with pytest.raises((ArgumentError, ShapeError), match=message):
+        check_output(output, torch.ones(2, 3))
+
+
+def test_an_unknown_solver_is_not_answered_with_all_names() -> None:
+    with pytest.raises(UnknownNameError) as found:
+        get_solver("qqqqqqqq" * 1000)
+    assert len(str(found.value)) < 250 and "scoresolve solvers" in str(found.value)
