@@ -101,13 +101,13 @@ def test_only_chains_that_need_it_are_asked_again_with_their_conditions() -> Non
 
 
 def test_a_score_of_one_batch_size_gives_the_same_chains() -> None:
-    centre, x = points(6, 1) * 3, points(6, 1)
+    centre, x = torch.full((6, 1), 2.0, dtype=F64), points(6, 1)
 
     def score(x: Tensor, t: Tensor, centre: Tensor = centre) -> Tensor:
         return centre * torch.tanh(centre * x) - x
 
-    held = ss.run_chains(lambda x, t: score(x, t), x=x, kernel=HMC(0.7, 8), steps=12)
-    given = ss.run_chains(score, x=x, kernel=HMC(0.7, 8), steps=12, centre=centre)
+    held = ss.run_chains(lambda x, t: score(x, t), x=x, kernel=HMC(0.7, 8), steps=20)
+    given = ss.run_chains(score, x=x, kernel=HMC(0.7, 8), steps=20, centre=centre)
     torch.testing.assert_close(held.samples, given.samples, rtol=1e-12, atol=1e-12)
     assert held.calls == held.nfe > given.nfe
 
@@ -351,6 +351,9 @@ def test_careless_input_gets_a_sentence_before_the_first_call() -> None:
         ss.run_chains(score, x=torch.zeros(4096, 64), steps=2**30)  # 1 PiB
     with pytest.raises(ArgumentError, match="t ="):
         ss.run_chains(ss.targets.ring().score_model(sde), x=x, t=7.0)
+    for verb in (ss.run_chains, lambda f, **kw: ss.simulated_annealing(f, [1.0], **kw)):
+        with pytest.raises(ArgumentError, match="stepz would go to the score"):
+            verb(score, x=x, stepz=3)
     with pytest.raises(ArgumentError, match="jitter"):
         HMC(jitter=1.0)
 
@@ -362,6 +365,12 @@ def test_a_score_or_density_of_another_kind_of_number_is_refused(dtype: torch.dt
         ss.run_chains(lambda x, t: x.to(dtype), x=x)
     with pytest.raises(ArgumentError, match="real floating"):
         ss.run_chains(Known(lambda x: (x.sum(1).to(dtype), -x)), x=x)
+    with pytest.raises(ArgumentError, match="real floating"):
+        ss.run_chains(ss.from_energy(lambda x, t: x.sum(1).to(dtype)), x=x)
+    with pytest.raises(ArgumentError, match="no gradient in x"):
+        ss.run_chains(ss.from_energy(lambda x, t: x.detach().sum(1)), x=x)
+    with pytest.raises(ArgumentError, match="real floating"):
+        ss.diagnose(torch.zeros(8, 2, 1).to(dtype))
     with pytest.raises(ShapeError, match="one number per sample"):
         ss.run_chains(Known(lambda x: (x, -x)), x=x)
 

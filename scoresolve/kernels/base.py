@@ -223,12 +223,12 @@ def metropolis(
     Source:
         Hastings 1970, "Monte Carlo sampling methods using Markov chains", Biometrika 57.
     """
-    threshold = noise.uniform(proposal_ratio).log() - proposal_ratio
+    log_u, error, extra = noise.uniform(proposal_ratio).log(), None, None
     if old.log_prob is None or new.log_prob is None:
-        change, error, extra = decided_integral(target, old, new, threshold)
+        change, error, extra = decided_integral(target, old, new, log_u - proposal_ratio)
     else:
-        change, error, extra = new.log_prob - old.log_prob, None, None
-    accepted = threshold < change
-    ratio = change + proposal_ratio
-    probability = ratio.clamp(max=0.0).exp().nan_to_num(0.0).to(old.x.dtype)
+        change = new.log_prob - old.log_prob
+    log_ratio = change + proposal_ratio
+    accepted = log_u < log_ratio
+    probability = log_ratio.clamp(max=0.0).exp().nan_to_num(0.0).to(old.x.dtype)
     return ChainState(old.where(accepted, new), acceptance=probability, error=error, extra=extra)

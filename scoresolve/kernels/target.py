@@ -8,11 +8,12 @@ Tilted targets are families on a line, log pi_beta(x) = log q(x) + beta f(x) + c
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scoresolve.errors import (
     ArgumentError,
@@ -22,7 +23,7 @@ from scoresolve.errors import (
     row_status,
     whole_number,
 )
-from scoresolve.models import Model
+from scoresolve.models import EnergyModel, Model
 from scoresolve.targets import GaussianMixture
 
 __all__ = [
@@ -375,8 +376,11 @@ def as_target(
         time = real_number("t", t)
     else:
         time = real_number("t", t, least=0.0, most=process.T)
+    _check_conditions(score, cond)
     held = {name: _plain(value) for name, value in cond.items()}
     at, log_prob = _Clock(time), getattr(score, "log_prob", None)
+    if type(score) is EnergyModel:
+        score = EnergyModel(_checked_energy(score.energy))
     both = getattr(score, "log_prob_and_score", None)
     if both is not None:
         target = Target(lambda x: both(x, at(x), **held), True, nodes)
@@ -389,6 +393,41 @@ def as_target(
     if not cond:
         target.of_rows = lambda _: target.evaluate
     return target
+
+
+def _check_conditions(score: Callable[..., object], cond: dict[str, Any]) -> None:
+    """Raise if `score` says that it takes no such conditions, which may be misspelt arguments."""
+    if not cond:
+        return
+    function = getattr(score, "net", score)
+    try:
+        signature = inspect.signature(
+            function.forward if isinstance(function, nn.Module) else function
+        )
+    except (TypeError, ValueError):  # it says nothing
+        return
+    try:
+        signature.bind(None, None, **cond)
+    except TypeError as error:
+        raise ArgumentError(
+            f"{', '.join(cond)} would go to the score, which takes other conditions ({error}): "
+            "correct the name, or give the score that argument"
+        ) from error
+
+
+def _checked_energy(energy: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def checked(x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        found: object = energy(x, t, **cond)
+        if not isinstance(found, Tensor):
+            raise ArgumentError(f"the energy is {type(found).__name__}: return a tensor [B]")
+        _check_real("energy", found)
+        if not found.requires_grad:
+            raise ArgumentError(
+                "the energy has no gradient in x: compute it from x by differentiable operations"
+            )
+        return found
+
+    return checked
 
 
 def _version(x: Tensor) -> int:
