@@ -43,11 +43,17 @@ from scoresolve.kernels import (
     as_target,
     get_kernel,
 )
-from scoresolve.kernels.base import chain_status, check_chains, checked_step
-from scoresolve.kernels.target import Density, column
+from scoresolve.kernels.base import (
+    MOST_STEPS,
+    chain_status,
+    check_chains,
+    checked_step,
+    host,
+    without_gradients,
+)
+from scoresolve.kernels.target import Density, Evaluate, column
 from scoresolve.models import Model
 from scoresolve.noise import NoiseSource, as_noise
-from scoresolve.plans import check_state
 from scoresolve.sde import GaussianSDE
 
 __all__ = [
@@ -71,7 +77,8 @@ class Annealed:
         value: f of them, [B], of simulated annealing.
         acceptance: mean acceptance probability at every level, [N, B]; None if not adjusted.
         status: one `Status` per chain, [B] int64.
-        nfe: evaluations of the score of one chain, counted where the model is called.
+        nfe: evaluations of the score of one chain, the most of any, counted where the model is
+            called.
         calls: calls of the model, for all chunks together.
     """
 
@@ -168,14 +175,16 @@ def annealed_langevin(
     if not isinstance(sde, GaussianSDE):
         raise ArgumentError(f"noise levels are those of a Gaussian process, not of {sde}")
     chosen = ULA(0.1) if kernel is None else _single(get_kernel(kernel))
-    levels = torch.as_tensor(times, dtype=torch.float64).flatten().tolist()
+    levels = _numbers("times", times)
     inside = bool(levels) and levels[-1] > 0 and levels[0] <= sde.T
     if not inside or any(not a > b for a, b in itertools.pairwise(levels)):
         raise GridError(f"times = {levels}: give times that fall within (0, {sde.T:g}]")
     units = [float(sde.sigma(t)) ** chosen.power for t in levels]
 
-    def make(cond: dict[str, Any]) -> _Levels:
-        return _NoiseLevels(chosen, [as_target(score, t, nodes, **cond) for t in levels])
+    def make(conditions: _Conditions, rows: Tensor) -> _Levels:
+        return _NoiseLevels(
+            chosen, [_target_of_rows(score, t, nodes, conditions, rows) for t in levels]
+        )
 
     warn_of_dropout(score)
     source = as_noise(noise, seed)
@@ -192,50 +201,56 @@ def simulated_annealing(
     kernel: str | Kernel | None = None,
     steps: int = 1,
     step_sizes: Sequence[float] | Tensor | None = None,
+    t: float | None = None,
+    nodes: int = 3,
     seed: int = 0,
     noise: Noise = None,
     chunk: int | None = None,
     progress: bool = False,
     raise_on_failure: bool = False,
+    **cond: Any,
 ) -> Annealed:
     """Chains on pi_beta proportional to q(x) exp(beta f(x)), each beta from where the last ended.
 
+    With f = log p_t of a score model and beta far above 1 they end near the modes of p_t.
+
     Args:
         f: what is tilted towards, in the place of a log-density: `from_energy(lambda x, t: -f(x))`,
-            a mixture, or a model with `log_prob_and_score`.
+            a mixture, any model, or a callable `score(x, t, **cond)` that is its gradient.
         betas: inverse temperatures, [N], finite.
         x: starts, [B, *event], float32 or float64.
-        base: q, likewise; a constant if omitted.
+        base: q, a density or a score of its own, without conditions; a constant if omitted.
         kernel: `HMC()` if omitted.
         steps: steps at every beta, >= 1.
         step_sizes: factors on the kernel's step size, one for each beta, [N].
+        t: fixed time of f where it is a model; its process's `t_min` if omitted.
+        nodes: of the integral along the proposal where f or q is known by its gradient alone.
         seed, noise, chunk, progress, raise_on_failure: as in `run_chains`.
+        **cond: to f; a tensor whose first axis is B is split along with `x`.
 
     Returns:
-        `Annealed`.
+        `Annealed`; without `value` where f or q is known by its gradient alone.
 
     Raises:
-        ArgumentError, ShapeError: an argument cannot be used, or f or q has a score alone.
+        ArgumentError, ShapeError: an argument cannot be used.
         SolveError: a chain failed and `raise_on_failure` is set.
 
     Source:
         Kirkpatrick, Gelatt, Vecchi 1983, "Optimization by simulated annealing", Science 220.
     """
-    family = Tilted(None if base is None else as_target(base), as_target(f))
     chosen = HMC() if kernel is None else _single(get_kernel(kernel))
     levels, units = _tilted_units(betas, step_sizes)
-    out, _ = _anneal(
-        chosen,
-        lambda _: _Temperatures(chosen, family, levels),
-        units,
-        steps,
-        x,
-        as_noise(noise, seed),
-        chunk,
-        progress,
-        raise_on_failure,
-        {},
-    )
+    prior = None if base is None else as_target(base)
+
+    def make(conditions: _Conditions, rows: Tensor) -> _Levels:
+        tilt = _target_of_rows(f, t, nodes, conditions, rows)
+        if tilt.density and (prior is None or prior.density):
+            return _Temperatures(chosen, Tilted(prior, tilt), levels)
+        return _NoiseLevels(chosen, [_steeper(prior, tilt, beta) for beta in levels])
+
+    warn_of_dropout(f)
+    source = as_noise(noise, seed)
+    out, _ = _anneal(chosen, make, units, steps, x, source, chunk, progress, raise_on_failure, cond)
     return out
 
 
@@ -294,11 +309,11 @@ def annealed_importance(
             "give an adjusted kernel, such as MALA or HMC"
         )
     family = Geometric(as_target(base), as_target(target))
-    rising = torch.as_tensor(betas, dtype=torch.float64).flatten().tolist()
+    rising = _numbers("betas", betas)
     increasing = all(a < b for a, b in itertools.pairwise(rising))
     if not (len(rising) > 1 and rising[0] == 0 and rising[-1] == 1 and increasing):
         raise ArgumentError(f"betas = {rising}: give two or more that rise from 0 to 1")
-    check_state(x)
+    check_chains(x)
     if len(x) < 2:
         raise ArgumentError(f"{len(x)} chains have no standard error: give two or more")
     levels, units = _tilted_units(rising[1:], step_sizes)
@@ -311,12 +326,16 @@ def annealed_importance(
                 f"{x.dtype}: give other samples of the base, [P, *event]"
             )
         tried = _Temperatures(chosen, family, levels)
-        first = len(units) * whole_number("steps", steps) * chosen.evaluations
+        first = (
+            len(units)
+            * whole_number("steps", steps, most=MOST_STEPS // len(units))
+            * chosen.evaluations
+        )
         units = _adapted(chosen, tried, units, pilot, ChainNoise(source, first))
         spent = tried.calls
     out, log_weights = _anneal(
         chosen,
-        lambda _: _Temperatures(chosen, family, levels),
+        lambda *_: _Temperatures(chosen, family, levels),
         units,
         steps,
         x,
@@ -340,7 +359,7 @@ def annealed_importance(
         effective_size=float(relative.sum() ** 2 / relative.square().sum()),
         log_weights=log_weights,
         x=out.x,
-        step_sizes=torch.tensor(units, dtype=torch.float64),
+        step_sizes=torch.tensor(units, dtype=torch.float64, device="cpu"),
         acceptance=out.acceptance,
         status=status,
         nfe=out.nfe,
@@ -349,6 +368,40 @@ def annealed_importance(
     if raise_on_failure and not bool((status == Status.OK).all()):
         raise failure(estimate, status)
     return estimate
+
+
+_Conditions = Callable[[Tensor], dict[str, Any]]
+"""From the numbers of samples of the batch to their conditions."""
+
+
+def _target_of_rows(
+    score: Density, t: float | None, nodes: int, conditions: _Conditions, rows: Tensor
+) -> Target:
+    """The target of the samples `rows` of the batch, which may be asked for some of them."""
+    held = conditions(rows)
+    target = as_target(score, t, nodes, **held)
+    if held:
+        target.of_rows = lambda some: (
+            as_target(score, t, nodes, **conditions(rows[some.cpu()])).evaluate
+        )
+    return target
+
+
+def _steeper(base: Target | None, tilt: Target, beta: float) -> Target:
+    """q exp(beta f) by its score alone."""
+
+    def of(evaluate: Evaluate) -> Evaluate:
+        def sloped(x: Tensor) -> tuple[None, Tensor]:
+            slope = beta * evaluate(x)[1]
+            return None, slope if base is None else slope + base.evaluate(x)[1]
+
+        return sloped
+
+    target = Target(of(tilt.evaluate), False, tilt.nodes)
+    rows = tilt.of_rows
+    if rows is not None:
+        target.of_rows = lambda some: of(rows(some))
+    return target
 
 
 class _Levels(ABC):
@@ -364,6 +417,11 @@ class _Levels(ABC):
     @abstractmethod
     def calls(self) -> int:
         """Evaluations so far."""
+
+    @property
+    def evaluations(self) -> int:
+        """Those of them that were made for all chains."""
+        return self.calls
 
     log_weights: Tensor | None = None
 
@@ -381,6 +439,10 @@ class _NoiseLevels(_Levels):
     @property
     def calls(self) -> int:
         return sum(target.calls for target in self.targets)
+
+    @property
+    def evaluations(self) -> int:
+        return self.calls - sum(target.partial for target in self.targets)
 
 
 class _Temperatures(_Levels):
@@ -415,6 +477,17 @@ class _Part(NamedTuple):
     acceptance: Tensor | None
     status: Tensor
     calls: int
+    nfe: int
+
+
+def _numbers(name: str, values: object) -> list[float]:
+    """`values` as floats; raises `ArgumentError` where they are none."""
+    try:
+        if isinstance(values, Tensor) and values.is_complex():
+            raise TypeError
+        return host(values).flatten().tolist()
+    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        raise ArgumentError(f"{name} = {values!r}: give real numbers") from error
 
 
 def _single(kernel: Kernel) -> Kernel:
@@ -428,13 +501,12 @@ def _tilted_units(
     betas: Sequence[float] | Tensor, step_sizes: Sequence[float] | Tensor | None
 ) -> tuple[list[float], list[float]]:
     """The betas and the factors on the step size, checked."""
-    given = torch.as_tensor(betas, dtype=torch.float64).flatten().tolist()
-    levels = [real_number("beta", beta) for beta in given]
+    levels = [real_number("beta", beta) for beta in _numbers("betas", betas)]
     if not levels:
         raise ArgumentError("betas are empty: give one or more")
     if step_sizes is None:
         return levels, [1.0] * len(levels)
-    factors = torch.as_tensor(step_sizes, dtype=torch.float64)
+    factors = torch.tensor(_numbers("step_sizes", step_sizes), dtype=torch.float64, device="cpu")
     if factors.shape != (len(levels),):
         raise ShapeError(
             f"step_sizes of shape {tuple(factors.shape)}: give {len(levels)}, one for each beta"
@@ -443,7 +515,7 @@ def _tilted_units(
     return levels, factors.tolist()
 
 
-@torch.no_grad()
+@without_gradients()
 def _adapted(
     kernel: Kernel, levels: _Levels, units: list[float], x: Tensor, noise: ChainNoise
 ) -> list[float]:
@@ -463,7 +535,7 @@ def _adapted(
     return found
 
 
-@torch.no_grad()
+@without_gradients()
 def _solve(
     kernel: Kernel,
     levels: _Levels,
@@ -475,15 +547,22 @@ def _solve(
     bar: tqdm[object],
 ) -> _Part:
     """One chunk through all levels, with steps `h` times the unit of the level."""
-    noise, h = ChainNoise(source), column(h, x)
+    noise, h, x = ChainNoise(source), column(h, x), x.clone(memory_format=torch.contiguous_format)
     acceptance = x.new_zeros(len(units), len(x))
+    failed = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    alone = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     state: ChainState | None = None
     interrupted = False
     try:
         for level, unit in enumerate(units):
             target, state = levels.enter(level, state, x, noise)
+            if not kernel.adjusted:
+                failed |= chain_status(state.point, failed) != 0
+                target.watch(failed)
             for _ in range(steps):
                 state = kernel.step(state, target, noise, unit * h)
+                if state.extra is not None:
+                    alone += state.extra
                 if state.acceptance is not None:
                     acceptance[level] += state.acceptance / steps
                 bar.update()
@@ -493,7 +572,7 @@ def _solve(
         interrupted = True
     assert state is not None
     point = state.point
-    status = chain_status(kernel, point)
+    status = chain_status(point, failed)
     return _Part(
         x=point.x.clone(),
         value=point.tilt,
@@ -501,12 +580,13 @@ def _solve(
         acceptance=acceptance if kernel.adjusted else None,
         status=torch.full_like(status, int(Status.INTERRUPTED)) if interrupted else status,
         calls=levels.calls,
+        nfe=levels.evaluations + int(alone.amax() if len(alone) else 0),
     )
 
 
 def _anneal(
     kernel: Kernel,
-    make: Callable[[dict[str, Any]], _Levels],
+    make: Callable[[_Conditions, Tensor], _Levels],
     units: list[float],
     steps: int,
     x: Tensor,
@@ -518,10 +598,14 @@ def _anneal(
 ) -> tuple[Annealed, Tensor | None]:
     """All chunks, and their log-weights; `make` gives a chunk its levels."""
     check_chains(x)
-    batch, steps = len(x), whole_number("steps", steps)
+    batch, steps = len(x), whole_number("steps", steps, most=MOST_STEPS // len(units))
+    numbers = torch.arange(batch, device="cpu")
+
+    def conditions(index: Tensor) -> dict[str, Any]:
+        return split_cond(cond, index, batch)
 
     def solve(rows: slice, bar: tqdm[object]) -> _Part:
-        levels, h = make(split_cond(cond, rows, batch)), kernel.step_sizes(batch, rows, x[rows])
+        levels, h = make(conditions, numbers[rows]), kernel.step_sizes(batch, rows, x[rows])
         return _solve(kernel, levels, units, steps, x[rows], h, source.rows(rows), bar)
 
     parts = in_chunks(solve, batch, chunk, len(units) * steps, progress)
@@ -535,7 +619,7 @@ def _anneal(
         value=join("value"),
         acceptance=join("acceptance", 1),
         status=join("status"),
-        nfe=max(part.calls for part in parts),
+        nfe=max(part.nfe for part in parts),
         calls=sum(part.calls for part in parts),
     )
     if raise_on_failure and not bool(result.ok.all()):

@@ -87,6 +87,9 @@ def diagnose(chains: Chains | Tensor) -> Diagnostics:
     samples = chains.samples if isinstance(chains, Chains) else chains
     if samples is None:
         raise ArgumentError("no samples were kept: run the chains with keep=True")
+    if not isinstance(samples, Tensor) or not samples.is_floating_point() or samples.is_meta:
+        kind = samples.dtype if isinstance(samples, Tensor) else type(samples).__name__
+        raise ArgumentError(f"samples are {kind}: give real floating-point states that have values")
     if samples.ndim < 2 or len(samples) < 4:
         raise ShapeError(
             f"samples of shape {tuple(samples.shape)}: give [S, B, *event] with S >= 4"

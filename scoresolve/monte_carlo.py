@@ -1,8 +1,9 @@
 """Markov chains on a score model: one verb for every kernel.
 
-Chains are rows of x [B, *event]; each has its own numbers, step size, acceptance and status, so
-how a batch is split into chunks changes no chain. The step sizes of an adjusted kernel are adapted
-in a warm-up and then stay as they are, because a kernel that learns has no invariant law.
+Chains are rows of x [B, *event]; each has its own numbers, step size, acceptance and status, and
+nothing of its neighbours: where the score of a row does not depend on its batch to the last bit,
+neither does the chain. The step sizes of an adjusted kernel are adapted in a warm-up and then stay
+as they are, because a kernel that learns has no invariant law.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from scoresolve.conditions import split_cond
 from scoresolve.driving import failure, in_chunks, rejoined, warn_of_dropout
-from scoresolve.errors import Status, whole_number
+from scoresolve.errors import ArgumentError, Status, whole_number
 from scoresolve.kernels import (
     ChainNoise,
     ChainState,
@@ -28,7 +29,7 @@ from scoresolve.kernels import (
     as_target,
     get_kernel,
 )
-from scoresolve.kernels.base import chain_status, check_chains
+from scoresolve.kernels.base import MOST_STEPS, chain_status, check_chains, without_gradients
 from scoresolve.kernels.target import Density, column, factor_of
 from scoresolve.noise import NoiseSource, as_noise
 
@@ -45,13 +46,14 @@ class Chains:
         log_prob: log pi of `x` up to a constant, [B], where it is known.
         acceptance: mean acceptance probability after the warm-up, [B], or [B, R] of the replicas
             of parallel tempering; None for a kernel that is not adjusted.
-        acceptance_error: mean estimated error of the changes of log pi, likewise, where they were
-            integrated from the score: to this extent the invariant law is not pi.
+        acceptance_error: mean bound of the error of the changes of log pi, likewise, where they
+            were integrated from the score, 0 counted for a decision that it could not turn: to
+            this extent the invariant law is not pi.
         step_size: of every chain after the warm-up, shaped as `acceptance`.
         swap_rates: mean acceptance of exchanges between neighbours, [B, R - 1].
         status: one `Status` per chain, [B] int64.
-        nfe: evaluations of the score of one chain, its replicas together, counted where the model
-            is called.
+        nfe: evaluations of the score of one chain, the most of any, its replicas together, counted
+            where the model is called.
         calls: calls of the model, for all chunks together.
     """
 
@@ -99,17 +101,19 @@ def run_chains(
             `score(x, t, **cond)`, or a `Target` such as `Tilted`.
         x: starts, [B, *event], float32 or float64.
         kernel: a name of `KERNELS` or a kernel made of its class.
-        steps: steps after the warm-up, >= 1.
-        warmup: steps before, >= 0, which are not kept; an adjusted kernel adapts the step size of
-            each chain in them.
+        steps: steps after the warm-up, >= 1, at most 2^30.
+        warmup: steps before, >= 0, at most 2^30, which are not kept; an adjusted kernel adapts the
+            step size of each chain in them.
         keep: whether states are kept; a batch of B chains needs memory for `steps / thin` of it.
         thin: keep the state after every so many steps, >= 1.
         step_size: of a kernel given by name, a number or [B].
         covariance: about that of the target, [D, D], or variances [*event]. Noise and momenta
             then have this covariance and its inverse; step sizes are in units of it.
         t: fixed time of a model; its process's `t_min` if omitted.
-        nodes: of the integral along the proposal where only a score is known.
-        seed: in [0, 2^64); chain b of a seed is the same in every batch.
+        nodes: of the integral along the proposal where only a score is known, before it is
+            refined for the chains that need it, whose rows the model then gets alone if it takes
+            a part of the batch; at most 100.
+        seed: in [0, 2^64); chain b of a seed has the same numbers in every batch.
         noise: a source, a generator or a callable instead of `seed`.
         chunk: chains that run at a time; all if omitted.
         progress: show a bar.
@@ -132,17 +136,24 @@ def run_chains(
     """
     check_chains(x)
     chosen = get_kernel(kernel, step_size)
-    steps, warmup = whole_number("steps", steps), whole_number("warmup", warmup, least=0)
+    steps = whole_number("steps", steps, most=MOST_STEPS)
+    warmup = whole_number("warmup", warmup, least=0, most=MOST_STEPS)
     thin = whole_number("thin", thin, most=steps)
-    batch, rows = len(x), torch.arange(len(x))
+    batch, rows = len(x), torch.arange(len(x), device="cpu")
     factor, source = factor_of(covariance, x), as_noise(noise, seed)
     warn_of_dropout(score)
     run = _Run(chosen, steps, warmup, thin if keep else None)
 
     def solve(part: slice, bar: tqdm[object]) -> Chains:
         # the conditions of a chain are those of all its replicas
-        held = split_cond(cond, rows[part].repeat_interleave(chosen.copies), batch)
-        target = as_target(score, t, nodes, **held).scaled(factor)
+        every = rows[part].repeat_interleave(chosen.copies)
+
+        def made(index: Tensor) -> Target:
+            return as_target(score, t, nodes, **split_cond(cond, index, batch))
+
+        target = made(every).scaled(factor)
+        if cond:
+            target.of_rows = lambda some: made(every[some.cpu()]).evaluate
         return run(target, x[part], batch, part, source.rows(part), bar)
 
     result = _joined(in_chunks(solve, batch, chunk, steps + warmup, progress), batch)
@@ -160,7 +171,7 @@ class _Run:
     warmup: int
     thin: int | None
 
-    @torch.no_grad()
+    @without_gradients()
     def __call__(
         self,
         target: Target,
@@ -171,21 +182,26 @@ class _Run:
         bar: tqdm[object],
     ) -> Chains:
         kernel, rungs = self.kernel, self.kernel.copies
-        h = kernel.step_sizes(batch, part, x)
-        bound, before = kernel.bind(target, x), target.calls
+        h, x = kernel.step_sizes(batch, part, x), x.clone(memory_format=torch.contiguous_format)
+        failed = torch.zeros(len(x) * rungs, dtype=torch.bool, device=x.device)
+        bound = kernel.bind(target, x)
+        if not kernel.adjusted:
+            bound.watch(failed)
+        before, alone = bound.calls, torch.zeros(len(h), dtype=torch.int64, device=x.device)
         noise = ChainNoise(source, copies=rungs)
         count = self.steps // self.thin if self.thin else 0
-        samples = x.new_empty((count, *x.shape))
+        samples = _room(x, count)
         total, error = torch.zeros_like(h), torch.zeros_like(h)
         done, interrupted = 0, False
         tuner = DualAveraging(h, kernel.target_acceptance or 0.0)
-        u = target.coordinates(x)
-        state = kernel.start(u.clone() if u is x else u, bound, noise)
+        state = kernel.start(target.coordinates(x), bound, noise)
         wide = column(h, state.point.x)
         try:
             for step in range(self.warmup):
                 state = kernel.step(state, bound, noise, wide)
                 bar.update()
+                if state.extra is not None:
+                    alone += state.extra
                 if state.acceptance is not None:
                     tuner.update(state.acceptance)
                     h = tuner.step_size if step + 1 < self.warmup else tuner.average
@@ -200,6 +216,8 @@ class _Run:
                     total += state.acceptance
                 if state.error is not None:
                     error += state.error
+                if state.extra is not None:
+                    alone += state.extra
                 if self.thin and done % self.thin == 0:
                     samples[done // self.thin - 1] = target.place(state.point.x[::rungs])
         except KeyboardInterrupt:
@@ -212,8 +230,10 @@ class _Run:
             h,
             total / max(done, 1),
             error / max(done, 1),
+            chain_status(state.point, failed),
             interrupted,
             bound.calls - before,
+            bound.calls - before - bound.partial + int(alone.amax() if len(alone) else 0),
         )
 
     def _result(
@@ -224,12 +244,14 @@ class _Run:
         h: Tensor,
         acceptance: Tensor,
         error: Tensor,
+        status: Tensor,
         interrupted: bool,
         calls: int,
+        evaluations: int,
     ) -> Chains:
         kernel, point, rungs = self.kernel, state.point, self.kernel.copies
         x = target.place(point.x[::rungs])
-        status = chain_status(kernel, point)[::rungs]
+        status = status[::rungs]
         if interrupted:
             status = torch.full_like(status, int(Status.INTERRUPTED))
 
@@ -245,9 +267,21 @@ class _Run:
             step_size=by_chain(h),
             swap_rates=kernel.swap_rates(state) if isinstance(kernel, ParallelTempering) else None,
             status=status,
-            nfe=calls * rungs,
+            nfe=evaluations * rungs,
             calls=calls,
         )
+
+
+def _room(x: Tensor, count: int) -> Tensor:
+    """Memory for `count` states of all chains."""
+    try:
+        return x.new_empty((count, *x.shape))
+    except RuntimeError as error:
+        size = count * x.numel() * x.element_size() / 2**30
+        raise ArgumentError(
+            f"{count} states of {len(x)} chains need {size:.3g} GiB, which there are not: give "
+            "thin=, or keep=False"
+        ) from error
 
 
 def _joined(parts: list[Chains], batch: int) -> Chains:

@@ -77,7 +77,12 @@ def test_simulated_annealing_finds_the_global_minimum() -> None:
     betas = 2.0 ** torch.arange(-1.0, 4.5, 0.25)
     x = WIDE.sample(100) * 2
     out = ss.simulated_annealing(
-        rugged, betas, x=x, kernel=HMC(0.8, 3), steps=30, step_sizes=betas.sqrt().reciprocal()
+        rugged,
+        betas,
+        x=x,
+        kernel=HMC(0.8, 3, jitter=0.0),
+        steps=30,
+        step_sizes=betas.sqrt().reciprocal(),
     )
     assert out.value is not None and out.acceptance is not None
     torch.testing.assert_close(out.value, -rugged.energy(out.x, out.x), rtol=1e-9, atol=1e-9)
@@ -272,7 +277,10 @@ def test_bad_input_is_refused() -> None:
     with pytest.raises(ArgumentError, match="beta"):
         ss.simulated_annealing(ENERGY, [math.inf], x=x)
     with pytest.raises(ArgumentError, match="not only gradients"):
-        ss.simulated_annealing(lambda x, t: -x, [1.0], x=x)
+        ss.annealed_importance(lambda x, t: -x, WIDE, BETAS, x=x)
+    for betas in ("abc", None, [1j], [[0.1], "a"]):
+        with pytest.raises(ArgumentError, match="betas"):
+            ss.simulated_annealing(ENERGY, betas, x=x)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="float32 or float64"):
         ss.simulated_annealing(ENERGY, [1.0], x=x.half())
     with pytest.raises(ArgumentError, match="steps"):

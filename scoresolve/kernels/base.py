@@ -5,23 +5,29 @@ All that it asks of pi is the score and, to accept or reject, the change of log 
 points: exact where log pi is known up to a constant, and otherwise the integral of the score,
 
     log pi(y) - log pi(x) = int_0^1 <score(x + u (y - x)), y - x> du    (`scoresolve.kernels.line`).
+
+A proposal with a density or a score that is not a number is refused. A kernel that refuses nothing
+takes it, and the chain is marked.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from scoresolve.errors import ArgumentError, ShapeError, real_number, row_status
-from scoresolve.kernels.line import line_integral
+from scoresolve.errors import ArgumentError, ShapeError, Status, real_number, row_status
+from scoresolve.kernels.line import decided_integral
 from scoresolve.kernels.target import Point, Target
 from scoresolve.noise import NoiseSource, Purpose
 from scoresolve.plans import check_state
 
 __all__ = [
+    "MOST_STEPS",
     "ChainNoise",
     "ChainState",
     "Kernel",
@@ -30,10 +36,13 @@ __all__ = [
     "check_chains",
     "checked_acceptance",
     "checked_step",
+    "host",
     "metropolis",
+    "without_gradients",
 ]
 
 StepSize = float | Tensor
+MOST_STEPS = 2**30  # the numbers of a draw end at 2^32, and a step takes at most a few
 _BLOCK = 64  # uniform numbers of a chain made at a time
 
 
@@ -49,7 +58,7 @@ class ChainNoise:
     def __init__(self, source: NoiseSource, first: int = 0, copies: int = 1) -> None:
         self.source, self.copies = source, copies
         self.normals, self.block, self.used = 4 * first, first, _BLOCK
-        self.uniforms = torch.empty(0)
+        self.uniforms = torch.empty(0, device="cpu")
 
     def normal(self, like: Tensor) -> Tensor:
         """The next standard normal numbers, fresh, shape of `like` [B * copies, *event]."""
@@ -75,7 +84,9 @@ class ChainState(NamedTuple):
         point: the states and what the target says of them.
         momentum: [B, *event], of an underdamped kernel.
         acceptance: probability with which the last proposal was accepted, [B].
-        error: estimated error of the last change of log pi, [B], where it was integrated.
+        error: bound of the error of the last change of log pi, [B], where it was integrated and
+            could have turned the decision.
+        extra: evaluations of the score for some chains alone, in the last step, [B].
         rounds, swaps: rounds of exchanges, and the sum of their probabilities, [B, R - 1].
     """
 
@@ -83,6 +94,7 @@ class ChainState(NamedTuple):
     momentum: Tensor | None = None
     acceptance: Tensor | None = None
     error: Tensor | None = None
+    extra: Tensor | None = None
     rounds: int = 0
     swaps: Tensor | None = None
 
@@ -118,7 +130,7 @@ class Kernel(ABC):
 
     def step_sizes(self, batch: int, part: slice, like: Tensor) -> Tensor:
         """Step sizes [B] of the chains `part` of a `batch`, in the dtype of `like` [B, *event]."""
-        h = torch.as_tensor(self.step_size, dtype=torch.float64).to(like)
+        h = host(self.step_size).to(like)
         if h.ndim and h.shape != (batch,):
             raise ShapeError(
                 f"step_size of shape {tuple(h.shape)} for {batch} chains: give one number, or "
@@ -135,20 +147,44 @@ class Kernel(ABC):
         """The state after one step of sizes `h` [B, 1, ...]; nothing is written in place."""
 
 
+@contextmanager
+def without_gradients() -> Iterator[None]:
+    """Chains record no gradients; energies may take their own, in inference mode too."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def host(values: object) -> Tensor:
+    """Numbers in float64, where they are if they are a tensor, else on the host."""
+    if isinstance(values, Tensor):
+        return values.to(torch.float64)
+    return torch.as_tensor(values, dtype=torch.float64, device="cpu")
+
+
 def check_chains(x: Tensor) -> None:
     """Raise unless `x` is a state of chains, [B, *event] in float32 or float64."""
     check_state(x)
     if x.dtype not in (torch.float32, torch.float64):
         raise ArgumentError(f"x is {x.dtype}: chains need float32 or float64")
+    if x.layout != torch.strided or x.is_meta:
+        kind = x.device if x.is_meta else x.layout
+        raise ArgumentError(f"x is a tensor of {kind}: chains need a dense one that has values")
+    if not x.shape[1:].numel():
+        raise ShapeError(
+            f"x of shape {tuple(x.shape)} has events without elements: give [B, *event]"
+        )
 
 
-def chain_status(kernel: Kernel, point: Point) -> Tensor:
-    """How chains ended at a point: one that can be accepted nowhere has not moved, and failed."""
-    status = row_status(point.x)
-    if not kernel.adjusted:
-        return status
-    status = status | row_status(point.score)
-    return status if point.log_prob is None else status | row_status(point.log_prob)
+def chain_status(point: Point, failed: Tensor) -> Tensor:
+    """How chains ended at a point.
+
+    A chain failed that met something that is not finite on the way and took it, `failed` [B] bool,
+    or that stands where an adjusted kernel can accept nothing.
+    """
+    status = row_status(point.x) | row_status(point.score)
+    if point.log_prob is not None:
+        status = status | row_status(point.log_prob)
+    return status.masked_fill(failed, int(Status.NONFINITE))
 
 
 def checked_acceptance(acceptance: float) -> float:
@@ -164,6 +200,8 @@ def checked_step(step_size: object) -> StepSize:
         return real_number("step_size", step_size, above=0)
     if step_size.ndim > 1:
         raise ShapeError(f"step_size of shape {tuple(step_size.shape)}: give a number or [B]")
+    if step_size.is_complex() or step_size.is_meta:
+        raise ArgumentError("step_size is a complex or a meta tensor: give real numbers")
     if not bool((torch.isfinite(step_size) & (step_size > 0)).all()):
         raise ArgumentError("step_size has entries that are not finite and positive")
     return step_size
@@ -185,12 +223,12 @@ def metropolis(
     Source:
         Hastings 1970, "Monte Carlo sampling methods using Markov chains", Biometrika 57.
     """
-    error = None
+    log_u, error, extra = noise.uniform(proposal_ratio).log(), None, None
     if old.log_prob is None or new.log_prob is None:
-        change, error = line_integral(target, old, new)
+        change, error, extra = decided_integral(target, old, new, log_u - proposal_ratio)
     else:
         change = new.log_prob - old.log_prob
     log_ratio = change + proposal_ratio
-    accepted = noise.uniform(log_ratio).log() < log_ratio
+    accepted = log_u < log_ratio
     probability = log_ratio.clamp(max=0.0).exp().nan_to_num(0.0).to(old.x.dtype)
-    return ChainState(old.where(accepted, new), acceptance=probability, error=error)
+    return ChainState(old.where(accepted, new), acceptance=probability, error=error, extra=extra)

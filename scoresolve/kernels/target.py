@@ -8,15 +8,22 @@ Tilted targets are families on a line, log pi_beta(x) = log q(x) + beta f(x) + c
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from scoresolve.errors import ArgumentError, ShapeError, check_output, whole_number
-from scoresolve.models import Model
-from scoresolve.plans import model_time
+from scoresolve.errors import (
+    ArgumentError,
+    ShapeError,
+    check_output,
+    real_number,
+    row_status,
+    whole_number,
+)
+from scoresolve.models import EnergyModel, Model
 from scoresolve.targets import GaussianMixture
 
 __all__ = [
@@ -32,6 +39,9 @@ __all__ = [
 ]
 
 Evaluate = Callable[[Tensor], tuple[Tensor | None, Tensor]]
+_MOST_NODES = 100  # to this degree numpy has tested the rule
+_TILE = 16  # rows and columns of a product that give a row the same bits in any batch
+_SPLIT = 1 << 15  # elements from which torch adds one row up in several threads
 
 
 def column(values: Tensor, x: Tensor) -> Tensor:
@@ -40,8 +50,26 @@ def column(values: Tensor, x: Tensor) -> Tensor:
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
-    """<a, b> of every row, [B]."""
-    return (a * b).flatten(1).sum(1) if a.ndim > 1 else a * b
+    """<a, b> of every row, [B]; on a CPU the same bits in any batch."""
+    if a.ndim == 1:
+        return a * b
+    rows = (a * b).flatten(1).contiguous()
+    if len(rows) == 1 and rows.numel() >= _SPLIT:  # many rows are shared out among threads whole
+        return rows.expand(2, -1).contiguous().sum(1)[:1]
+    return rows.sum(1)
+
+
+def product(x: Tensor, matrix: Tensor) -> Tensor:
+    """`x` [B, D] times `matrix` [D, D]; on a CPU a row has the same bits in any batch.
+
+    BLAS adds up the last few rows and columns of a product in another order, so that both are
+    filled up with zeros.
+    """
+    rows, dimension = x.shape
+    wide = (0, -dimension % _TILE)
+    filled = torch.nn.functional.pad(x, (*wide, 0, -rows % _TILE))
+    square = torch.nn.functional.pad(matrix, (*wide, *wide))
+    return (filled @ square.contiguous())[:rows, :dimension]
 
 
 class Point(NamedTuple):
@@ -89,21 +117,33 @@ class Target:
             known, and the score, shape of `x`.
         density: whether it gives log pi.
         nodes: of the Gauss-Legendre rule that integrates the score where log pi is not known;
-            each is an evaluation more for a proposal.
+            each is an evaluation more for a proposal; at most 100.
 
+    Attributes:
+        of_rows: from the numbers [n] of some chains of the batch to their `evaluate`. Without it
+            the integral cannot be refined where it needs to be.
+        partial: evaluations so far that were made for some chains alone.
     """
+
+    of_rows: Callable[[Tensor], Evaluate] | None = None
 
     def __init__(self, evaluate: Evaluate, density: bool, nodes: int = 3) -> None:
         self.evaluate, self.density = evaluate, density
-        self.nodes = whole_number("nodes", nodes)
+        self.nodes = whole_number("nodes", nodes, most=_MOST_NODES)
         self.factor: Tensor | None = None
-        self._calls, self._reuses_memory = 0, False
+        self.partial, self._whole = 0, False
+        self._calls, self._reuses_memory, self._writes = 0, False, False
         self._first: Tensor | None = None
+        self._failed: Tensor | None = None
 
     @property
     def calls(self) -> int:
         """Evaluations so far."""
         return self._calls
+
+    def watch(self, failed: Tensor) -> None:
+        """Mark in `failed` [B] bool from now on where this target is not finite."""
+        self._failed = failed
 
     def scaled(self, factor: Tensor | None) -> Self:
         """The same target in the coordinates u, x = L u.
@@ -121,7 +161,7 @@ class Target:
             return u
         if self.factor.shape == u.shape[1:]:
             return u * self.factor
-        return (u.flatten(1) @ self.factor.mT).reshape(u.shape)
+        return product(u.flatten(1), self.factor.mT).reshape(u.shape)
 
     def coordinates(self, x: Tensor) -> Tensor:
         """u = L^-1 x for `x` [B, *event]."""
@@ -129,24 +169,75 @@ class Target:
             return x
         if self.factor.shape == x.shape[1:]:
             return x / self.factor
-        rows: Tensor = torch.linalg.solve_triangular(self.factor, x.flatten(1).mT, upper=False)
-        return rows.mT.reshape(x.shape)
+        rows, flat = torch.empty_like(x.flatten(1)), x.flatten(1)
+        for i, line in enumerate(self.factor):  # as BLAS does not, row by row the same in any batch
+            rows[:, i] = (flat[:, i] - (rows[:, :i] * line[:i]).sum(1)) / line[i]
+        return rows.reshape(x.shape)
 
     def _pulled(self, score: Tensor) -> Tensor:
         """L^T score, the gradient in u."""
         if self.factor is None or self.factor.shape == score.shape[1:]:
             return score if self.factor is None else score * self.factor
-        return (score.flatten(1) @ self.factor).reshape(score.shape)
+        return product(score.flatten(1), self.factor).reshape(score.shape)
 
     def __call__(self, u: Tensor) -> Point:
         """What the target says of `u` [B, *event]."""
         log_prob, score = self._evaluated(self.place(u))
-        return Point(u, self._pulled(score), log_prob)
+        return self._watch(Point(u, self._pulled(score), log_prob))
+
+    def _watch(self, point: Point) -> Point:
+        if self._failed is not None:
+            for values in (point.score, point.log_prob):
+                if values is not None:
+                    self._failed |= row_status(values) != 0
+        return point
+
+    def score_of(self, rows: Tensor, u: Tensor) -> Tensor | None:
+        """The score at `u` [n, *event] for the chains `rows` [n] of the batch alone.
+
+        None, then and ever after, from a score that fails on a part of the batch.
+        """
+        if self.of_rows is None or self._whole:
+            return None
+        x = self.place(u)
+        try:
+            score = self._asked(self.of_rows(rows), x)[1]
+        except Exception:  # whatever a model of a fixed batch raises; the whole batch will tell
+            self._whole = True
+            return None
+        self._calls, self.partial = self._calls + 1, self.partial + 1
+        return self._pulled(score.to(x.dtype))
+
+    def _asked(self, evaluate: Evaluate, x: Tensor) -> tuple[Tensor | None, Tensor]:
+        """log pi and the score, checked; `x` is as before, whatever the function does to it."""
+        first = self._calls == 0
+        copied = self._writes or first
+        given = x.clone() if copied else x
+        before = _version(given)
+        log_prob, score = evaluate(given)
+        if _version(given) != before:
+            if not copied:
+                raise ArgumentError(
+                    "the score wrote into its input x, which it did not at its first call: let it "
+                    "work on a copy"
+                )
+            self._writes = True
+        elif first:  # .data and NumPy leave the version as it is
+            self._writes = not torch.equal(given, x)
+        check_output(score, x)
+        _check_real("score", score)
+        if log_prob is not None:
+            if log_prob.shape != x.shape[:1]:
+                raise ShapeError(
+                    f"the log-density has shape {tuple(log_prob.shape)} for x of shape "
+                    f"{tuple(x.shape)}: return one number per sample, [B]"
+                )
+            _check_real("log-density", log_prob)
+        return log_prob, score
 
     def _evaluated(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
         """log pi and the score at `x`, which no later call writes into."""
-        log_prob, score = self.evaluate(x)
-        check_output(score, x)
+        log_prob, score = self._asked(self.evaluate, x)
         first = self._calls == 0
         if first:
             self._first = score
@@ -222,7 +313,7 @@ class Tilted(Target):
         log_q, score, f, gradient = self._parts(self.place(u))
         gradient = self._pulled(gradient)
         point = Point(u, self._pulled(score), log_q, f, gradient)
-        return self.moved(point, 0.0)
+        return self._watch(self.moved(point, 0.0))
 
 
 class Geometric(Tilted):
@@ -257,13 +348,14 @@ def as_target(
         score: a `Target`, a `GaussianMixture`, a model or a callable `score(x, t, **cond)`. A
             model with a method `log_prob_and_score(x, t, **cond)`, such as `from_energy`, or with
             `log_prob(x, t, **cond)` gives the acceptance; otherwise it is integrated.
-        t: the fixed time at which a model is asked; if omitted `t_min` of its process, 0 if
-            it has none.
+        t: the fixed time at which a model is asked, from 0 to the T of its process; if omitted
+            `t_min` of its process, 0 if it has none.
         nodes: as in `Target`.
         **cond: passed on to the model.
 
     Raises:
-        ArgumentError: `score` is none of these, or has no time or conditions but gets them.
+        ArgumentError: `score` is none of these, `t` is out of range, or `score` has no time or
+            conditions but gets them.
     """
     if isinstance(score, Target | GaussianMixture):
         if cond or t is not None:
@@ -278,21 +370,99 @@ def as_target(
     if not callable(score):
         raise ArgumentError(f"score is {type(score).__name__}: give a callable score(x, t)")
     process = getattr(score, "sde", None)
-    time = t if t is not None else (process.t_min if process is not None else 0.0)
+    if t is None:
+        time = process.t_min if process is not None else 0.0
+    elif process is None:
+        time = real_number("t", t)
+    else:
+        time = real_number("t", t, least=0.0, most=process.T)
+    _check_conditions(score, cond)
+    held = {name: _plain(value) for name, value in cond.items()}
+    at, log_prob = _Clock(time), getattr(score, "log_prob", None)
+    if type(score) is EnergyModel:
+        score = EnergyModel(_checked_energy(score.energy))
     both = getattr(score, "log_prob_and_score", None)
-    held: list[Tensor] = []
+    if both is not None:
+        target = Target(lambda x: both(x, at(x), **held), True, nodes)
+    elif log_prob is not None:
+        target = Target(
+            lambda x: (log_prob(x, at(x), **held), score(x, at(x), **held)), True, nodes
+        )
+    else:
+        target = Target(lambda x: (None, score(x, at(x), **held)), False, nodes)
+    if not cond:
+        target.of_rows = lambda _: target.evaluate
+    return target
 
-    def at(x: Tensor) -> Tensor:
-        if not held or held[0].shape != x.shape[:1] or held[0].device != x.device:
-            held[:] = [model_time(time, x)]
-        return held[0]
 
-    log_prob = getattr(score, "log_prob", None)
-    if both is None and log_prob is not None:
-        return Target(lambda x: (log_prob(x, at(x), **cond), score(x, at(x), **cond)), True, nodes)
-    if both is None:
-        return Target(lambda x: (None, score(x, at(x), **cond)), False, nodes)
-    return Target(lambda x: both(x, at(x), **cond), True, nodes)
+def _check_conditions(score: Callable[..., object], cond: dict[str, Any]) -> None:
+    """Raise if `score` says that it takes no such conditions, which may be misspelt arguments."""
+    if not cond:
+        return
+    function = getattr(score, "net", score)
+    try:
+        signature = inspect.signature(
+            function.forward if isinstance(function, nn.Module) else function
+        )
+    except (TypeError, ValueError):  # it says nothing
+        return
+    try:
+        signature.bind(None, None, **cond)
+    except TypeError as error:
+        raise ArgumentError(
+            f"{', '.join(cond)} would go to the score, which takes other conditions ({error}): "
+            "correct the name, or give the score that argument"
+        ) from error
+
+
+def _checked_energy(energy: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def checked(x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        found: object = energy(x, t, **cond)
+        if not isinstance(found, Tensor):
+            raise ArgumentError(f"the energy is {type(found).__name__}: return a tensor [B]")
+        _check_real("energy", found)
+        if not found.requires_grad:
+            raise ArgumentError(
+                "the energy has no gradient in x: compute it from x by differentiable operations"
+            )
+        return found
+
+    return checked
+
+
+def _version(x: Tensor) -> int:
+    """Counts the writes into a tensor; inference tensors have none."""
+    return 0 if x.is_inference() else x._version
+
+
+class _Clock:
+    """A fixed time as a model gets it, [B] without copies, anew if the model wrote into it."""
+
+    def __init__(self, t: float) -> None:
+        self.t = t
+        self.held: Tensor | None = None
+        self.version = 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        held = self.held
+        same = held is not None and held.shape == x.shape[:1] and held.device == x.device
+        if not same or held is None or _version(held) != self.version:
+            held = torch.full((), self.t, dtype=x.dtype, device=x.device).expand(len(x))
+            self.held, self.version = held, _version(held)
+        return held
+
+
+def _plain(value: Any) -> Any:
+    """A condition that gradients may be taken beside."""
+    if isinstance(value, Tensor) and value.is_inference():
+        with torch.inference_mode(False):
+            return value.clone()
+    return value
+
+
+def _check_real(what: str, values: Tensor) -> None:
+    if not values.is_floating_point():
+        raise ArgumentError(f"the {what} is {values.dtype}: return real floating-point numbers")
 
 
 def factor_of(covariance: Tensor | None, x: Tensor) -> Tensor | None:
@@ -308,8 +478,9 @@ def factor_of(covariance: Tensor | None, x: Tensor) -> Tensor | None:
     """
     if covariance is None:
         return None
-    if not isinstance(covariance, Tensor) or not bool(torch.isfinite(covariance).all()):
-        raise ArgumentError("covariance is not a tensor of finite numbers")
+    real = isinstance(covariance, Tensor) and not (covariance.is_complex() or covariance.is_meta)
+    if not real or not bool(torch.isfinite(covariance).all()):
+        raise ArgumentError("covariance is not a tensor of finite real numbers")
     dimension = x.shape[1:].numel()
     if covariance.shape == x.shape[1:]:
         if not bool((covariance > 0).all()):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from scoresolve.errors import ArgumentError, ShapeError, real_number, whole_number
-from scoresolve.kernels.base import ChainNoise, ChainState, Kernel
+from scoresolve.kernels.base import ChainNoise, ChainState, Kernel, host
 from scoresolve.kernels.target import Target, Tilted
 
 __all__ = ["ParallelTempering"]
@@ -64,10 +64,10 @@ class ParallelTempering(Kernel):
                     "beta = 0 needs a base q that is a density: give Tilted or Geometric"
                 )
             target = Tilted(None, target.scaled(None)).scaled(target.factor)
-        return target.at(torch.tensor(self.betas, dtype=torch.float64).to(x).repeat(len(x)))
+        return target.at(host(self.betas).to(x).repeat(len(x)))
 
     def step_sizes(self, batch: int, part: slice, like: Tensor) -> Tensor:
-        h, rungs = torch.as_tensor(self.step_size, dtype=torch.float64).to(like), len(self.betas)
+        h, rungs = host(self.step_size).to(like), len(self.betas)
         if h.ndim and h.shape != (rungs,):
             raise ShapeError(f"step_size of shape {tuple(h.shape)}: give one number, or ({rungs},)")
         return h.expand(rungs).repeat(len(like))
@@ -108,4 +108,4 @@ class ParallelTempering(Kernel):
         """Mean acceptance of the exchanges of beta_i and beta_{i+1}, [B, R - 1]."""
         assert state.swaps is not None
         tried = [(state.rounds + 1 - i % 2) // 2 for i in range(len(self.betas) - 1)]
-        return state.swaps / torch.tensor(tried).to(state.swaps)
+        return state.swaps / host(tried).to(state.swaps)
