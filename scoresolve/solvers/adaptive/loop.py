@@ -12,7 +12,6 @@ err_1 and err_2 those of the two accepted before, and q the order of err in h.
 from __future__ import annotations
 
 import math
-import sys
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -216,7 +215,7 @@ class Adaptive(Integrator):
         """Lengths of the first steps [b]: a hundredth of what turns the state around."""
         both = torch.stack((rows.y, rows.slope))
         d0, d1 = self.norms(way, both, rows.y.abs(), rows.u).clip(max=_LARGE)
-        turn = d0.clip(min=1.0) / d1.clip(min=sys.float_info.min)
+        turn = d0.clip(min=1.0) / d1.clip(min=1 / _LARGE**2)
         lengths: Numbers = (0.01 * turn).clip(max=way.length / 10)
         return lengths
 
