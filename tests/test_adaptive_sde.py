@@ -378,7 +378,7 @@ def test_a_sample_is_the_same_to_rounding_in_any_chunk(
 @pytest.mark.parametrize("kind", SOLVERS)
 def test_a_rounding_of_the_model_stays_one(kind: type[Adaptive]) -> None:
     """Noise in the last digits, as another batch, machine or network library makes it."""
-    sde, x = ss.VP(), start(ss.VP(), 16, 2)
+    sde, x = ss.VP(), start(ss.VP(), 8, 2)
     exact, z = CURVED.score_model(sde), torch.Generator().manual_seed(1)
 
     def end(size: float) -> Tensor:

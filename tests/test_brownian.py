@@ -38,11 +38,11 @@ def times(path: BrownianPath, n: int) -> Tensor:
 @paths
 @pytest.mark.parametrize("part", [1e-16, 1e-14, 1e-12])
 def test_a_read_moves_in_proportion_to_its_time(path: BrownianPath, part: float) -> None:
-    t = times(path, 4000)
+    t = times(path, 800)
     s = torch.maximum(t * (1 + part), t.nextafter(torch.full_like(t, math.inf)))
     like, origin = torch.empty(len(t), 2, dtype=F64), torch.full_like(t, path.t0)
     grain = GRAIN * path.length * (t if path.geometric else torch.ones_like(t))
-    # normals, of 16000 of which none is beyond five deviations
+    # normals, of 3200 of which none is beyond five deviations
     bound = 5 * math.sqrt(5) * (s - t) / grain.sqrt()
     moved = path.increment(like, origin, s) - path.increment(like, origin, t)
     noise = 1e-14 * math.sqrt(path.t1)  # rounding of the sum
@@ -52,7 +52,7 @@ def test_a_read_moves_in_proportion_to_its_time(path: BrownianPath, part: float)
 
 @paths
 def test_areas_move_in_proportion_to_their_times(path: BrownianPath) -> None:
-    t = times(path, 2000)
+    t = times(path, 400)
     s = path._place(torch.full_like(t, 0.9995)).clamp(max=path.t1)
     like, shift = torch.empty(len(t), 2, dtype=F64), 1e-13 * t
     grain = GRAIN * path.length * (t if path.geometric else torch.ones_like(t))
