@@ -683,6 +683,92 @@ def test_a_singular_end_is_named_with_one_that_works(solver: str | Adaptive) -> 
     assert ss.sample(model, sde, x=x, solver=solver, t_start=0.999, t_end=5e-4).ok.all()
 
 
+FROM = {"x0": ss.from_x0, "eps": ss.from_eps, "flow": ss.from_flow}
+BLIND = [
+    ("x0", "adams", "t_end"),
+    ("x0", "dopri5", "t_end"),
+    ("x0", "torchdiffeq_dopri5", "t_end"),
+    ("eps", "adams", "t_start"),
+    ("eps", "bosh3", "t_start"),
+]
+
+
+@pytest.mark.parametrize(("prediction", "solver", "end"), BLIND)
+def test_an_end_at_which_the_prediction_does_not_tell_the_slope_is_named(
+    prediction: str, solver: str, end: str
+) -> None:
+    net, sde = Watched(), ss.RectifiedFlow()
+    model, ends = FROM[prediction](net, sde), {"t_start": 1.0, "t_end": 0.0}
+    ends["t_start" if end == "t_end" else "t_end"] = 0.5  # the other one is not at fault
+    near = {"t_end": 5e-4, "t_start": 0.9995}[end]
+    with pytest.raises(ArgumentError, match=rf"'{prediction}' .* {end} = .*give {end}={near}"):
+        ss.sample(model, sde, x=state(2, 3), solver=solver, **ends)
+    assert not net.sizes
+    assert ss.sample(model, sde, x=state(2, 3), solver=solver, **{**ends, end: near}).ok.all()
+
+
+@pytest.mark.parametrize(("sde", "near"), [(ss.EDM(), 0.002), (ss.VP(), 0.001)], ids=repr)
+def test_the_time_to_end_at_instead_is_near(sde: ss.GaussianSDE, near: float) -> None:
+    for solver in ("dopri5", "dpm_adaptive"):
+        with pytest.raises(ArgumentError, match=f"give t_end={near},"):
+            ss.sample(ss.from_x0(Watched(), sde), sde, x=state(2, 3), solver=solver, t_end=0.0)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "flow"])
+@pytest.mark.parametrize("solver", ["adams", "dopri5", "torchdiffeq_dopri5"])
+def test_ends_without_noise_are_reached_where_the_slope_is_known(
+    prediction: str, solver: str
+) -> None:
+    mix = ss.targets.gaussian([10.0], 0.25)
+    for sde in (ss.EDM(), ss.RectifiedFlow()):
+        exact = mix.score_model(sde)
+        model = FROM[prediction](lambda x, t, m=exact: m.predict(prediction, x, t), sde)
+        t = 0.9 * sde.T
+        x = float(sde.alpha(t)) * 10 + torch.zeros(1, 1, dtype=torch.float64)
+        found = ss.sample(model, sde, x=x, solver=solver, t_start=t, t_end=0.0)
+        assert found.ok.all()
+        torch.testing.assert_close(found.x, torch.full_like(x, 10.0), rtol=1e-3, atol=0)
+
+
+def test_a_likelihood_of_a_solver_in_log_snr_names_others() -> None:
+    mix = ss.targets.gaussian([0.7], 0.25)
+    with pytest.raises(ArgumentError, match=r"'dpm_solver_23' steps in log-SNR.*take 'dopri5'"):
+        ss.log_likelihood(mix.score_model(ss.VP()), ss.VP(), mix.sample(2), solver="dpm_adaptive")
+
+
+@pytest.mark.parametrize("name", [*SOLVERS, "torchdiffeq_dopri5"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_row_whose_drift_is_lost_half_way_is_told_whatever_the_steps(
+    name: str, bad: float
+) -> None:
+    kind = type(REGISTRY[name]())
+    solvers = [kind(rtol=1e-3, atol=1e-3)]
+    if issubclass(kind, Adaptive):
+        solvers.append(kind(1e-3, 1e-3, coupled=True))
+
+    def drift(x: Tensor, t: Tensor, rows: Tensor) -> Tensor:
+        return decay(x, t).masked_fill(column((rows == 2) & (t < 0.5), x), bad)
+
+    for solver in solvers:
+        for dtype in (torch.float64, torch.float32):
+            found = solver.solve(drift, state(4, 2).to(dtype), 1.0, 0.0)
+            assert found.status.tolist() == [0, 0, Status.NONFINITE, 0]
+            assert 0.5 - 1e-6 < float(found.t[2]) < 1 and found.x.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["dopri5", "torchdiffeq_dopri5"])
+def test_a_run_that_goes_on_for_long_is_told(name: str) -> None:
+    solver: Any = ss.get_solver(name)
+    solver.max_calls = 3_100
+
+    def jumping(x: Tensor, t: Tensor, *_: Any) -> Tensor:
+        return torch.where((x * 1e5).sin() > 0, 1.0, -1.0).to(x)
+
+    with pytest.warns(ModelWarning, match=r"sample \d was in 3,000 calls and has come to t = "):
+        found = solver.solve(jumping, state(2, 2), 1.0, 0.0)
+    assert (found.status == Status.CALL_LIMIT).any() and found.nfe <= 3_100
+
+
 @pytest.mark.parametrize("name", SINGULAR)
 @pytest.mark.parametrize("coordinates", ["time", "scaled"])
 def test_a_solver_in_its_own_coordinates_takes_no_others(name: str, coordinates: str) -> None:

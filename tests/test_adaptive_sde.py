@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import scoresolve as ss
-from scoresolve.errors import ArgumentError, Status
+from scoresolve.errors import ArgumentError, GridError, Status
 from scoresolve.models import Model
 from scoresolve.noise import BrownianPath, Philox
 from scoresolve.sde import GaussianSDE, expand
@@ -345,3 +347,86 @@ def test_coupled_rows_of_the_sde_make_one_step_under_the_control_given(
     assert len(set(together.accepted.tolist())) == len(set(together.rejected.tolist())) == 1
     slow = run(kind, 0.05, sde, 1.0, x, coupled=True, control=(0.0, 0.1, 0.0))
     assert (slow.accepted + slow.rejected != together.accepted + together.rejected).all()
+
+
+# What rounding may do
+
+
+CURVED = ss.GaussianMixture(
+    [1.0, 2.0],
+    [[-1.0, 0.0], [11.5, 10.5]],
+    torch.tensor([[[1.0, 0.3], [0.3, 0.5]], [[0.4, -0.2], [-0.2, 0.8]]], dtype=F64),
+)
+
+
+@pytest.mark.parametrize("kind", SOLVERS)
+@pytest.mark.parametrize("sde", [ss.VP(), ss.EDM()], ids=repr)
+def test_a_sample_is_the_same_to_rounding_in_any_chunk(
+    kind: type[Adaptive], sde: GaussianSDE
+) -> None:
+    model, solver = CURVED.score_model(sde), kind(0.1, 0.1)
+    for dtype in (F64, torch.float32):
+        options: dict[str, Any] = {"solver": solver, "dtype": dtype, "seed": 3, "shape": (8, 2)}
+        whole, parts = (ss.sample(model, sde, chunk=n, **options) for n in (None, 5))
+        assert torch.equal(whole.accepted, parts.accepted)
+        assert torch.equal(whole.rejected, parts.rejected)
+        # the state starts at prior_std, and a step adds an ulp or two
+        bound = 50 * torch.finfo(dtype).eps * (sde.prior_std + 10)
+        torch.testing.assert_close(whole.x, parts.x, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("kind", SOLVERS)
+def test_a_rounding_of_the_model_stays_one(kind: type[Adaptive]) -> None:
+    """Noise in the last digits, as another batch, machine or network library makes it."""
+    sde, x = ss.VP(), start(ss.VP(), 8, 2)
+    exact, z = CURVED.score_model(sde), torch.Generator().manual_seed(1)
+
+    def end(size: float) -> Tensor:
+        def model(x: Tensor, t: Tensor) -> Tensor:
+            return exact(x, t) * (1 + size * torch.randn(x.shape, generator=z, dtype=F64))
+
+        model.data_scale = 1.0  # type: ignore[attr-defined]
+        return ss.sample(model, sde, x=x, solver=kind(0.1, 0.1), seed=1).x
+
+    assert (end(1e-12) - end(0.0)).abs().max() < 1e-9
+
+
+@given(st.floats(1e-8, 1e3), st.sampled_from([0.2, 0.5, 0.999, 1.0, 1.7, 10.0]))
+def test_steps_settle_on_a_rung_that_is_no_longer(h: float, factor: float) -> None:
+    solver = AdaptiveSDE()
+    (rung,) = solver.settle(np.array([h]))
+    assert h / 2**0.125 * (1 - 1e-8) < rung <= h * (1 + 1e-8)
+    # a rung stays what it is, and after a rejection the step is shorter
+    (same, moved) = solver.settle(np.array([rung, rung * factor]))
+    assert same == rung and (moved < rung) == (factor < 1)
+
+
+# What is refused, and what can be kept
+
+
+@pytest.mark.parametrize(
+    "name", ["adaptive_sde", "gotta_go_fast", "torchsde_euler", "torchsde_srk"]
+)
+@pytest.mark.parametrize("sde", [ss.VP(), ss.EDM()], ids=repr)
+def test_the_reverse_sde_does_not_go_up(name: str, sde: GaussianSDE) -> None:
+    calls, x = [], torch.ones(2, 2, dtype=F64)
+    with pytest.raises(GridError, match=r"runs the reverse SDE.*up from t = 0\.2 to 0\.9"):
+        ss.sample(lambda x, t: calls.append(1) or -x, sde, x=x, solver=name, t_start=0.2, t_end=0.9)
+    assert not calls
+
+
+@pytest.mark.parametrize("kind", [*SOLVERS, ss.solvers.AdaptiveAdams, ss.solvers.DormandPrince])
+def test_a_dense_result_can_be_kept_without_its_model(kind: type[Adaptive]) -> None:
+    sde = ss.EDM()
+
+    def score(x: Tensor, t: Tensor) -> Tensor:  # a local function, as a notebook has them
+        return expand(-1 / (1 + t * t), x, t) * x
+
+    x, solver = start(sde, 3, 2), kind(dense=True, save_at=(20.0, 1.0))
+    found = ss.sample(score, sde, x=x, solver=solver, seed=2)
+    for again in (pickle.loads(pickle.dumps(found)), copy.deepcopy(found)):
+        assert torch.equal(again.saved, found.saved)
+        for t in (sde.T, 20.0, 0.3, sde.t_min):
+            assert torch.equal(again.path(t), found.path(t))
+    still = solver.solve(lambda x, *_: x, x, 1.0, 1.0)
+    assert torch.equal(pickle.loads(pickle.dumps(still)).path(1.0), x)

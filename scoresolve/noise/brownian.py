@@ -18,10 +18,21 @@ from scoresolve.noise.sources import NoiseSource, Philox, Purpose, Times, check_
 __all__ = ["BrownianPath"]
 
 _LOG_SNR = 40.0  # beyond, a step is all signal or all noise
+_GRAIN = 2.0**-34  # share of the whole, an eighth of the smallest tolerance
 
 
 class _Process(Protocol):
     def log_snr(self, t: Tensor) -> Tensor: ...
+
+
+class _SNR:
+    """The clock alpha^2/sigma^2 of a process."""
+
+    def __init__(self, sde: _Process) -> None:
+        self.sde = sde
+
+    def __call__(self, t: Tensor) -> Tensor:
+        return self.sde.log_snr(t).clamp(-_LOG_SNR, _LOG_SNR).exp()
 
 
 class BrownianPath(NoiseSource):
@@ -29,10 +40,17 @@ class BrownianPath(NoiseSource):
 
     dW is a sum of orthonormal functions times normals: two lines on the whole, a pair on each
     interval of levels 0 to L - 1, and a rest on those of level L, see `multiwavelets`. The law of
-    all increments and areas together is exact but for two times in one interval of level L. The
-    normals of interval i of level l are the Box-Muller pairs of the draw `2^l + i` of the sample's
-    Brownian stream, those of the whole of its draw 0. Intervals are halved in t or, if `geometric`,
-    in log t.
+    all increments and areas together is exact but for two times in one interval of level L, and for
+    a time within a grain g of its ends, where a variance lacks at most g/10. The normals of
+    interval i of level l are the Box-Muller pairs of the draw `2^l + i` of the sample's Brownian
+    stream, those of the whole of its draw 0. Intervals are halved in t or, if `geometric`, in
+    log t.
+
+    A read is continuous in its times. The grain is a share 2^-34 of the whole, or if `geometric`
+    that times t log(t1/t0), and a read has E (dW/dt)^2 <= 5/g: of the levels above L no more than
+    7 2^L/whole, of the rest 4/g at most, next to an interval's end. An ulp of a time so moves a
+    read by some 3e-11 sqrt(whole), where a Brownian motion to the last digit would move by its
+    root.
 
     As a `NoiseSource` it answers for the solver with its increments and areas over a step, scaled
     to unit variance, and hands all else to `noise`, draws that belong to no step (t = s) included.
@@ -98,11 +116,8 @@ class BrownianPath(NoiseSource):
             tolerance: smallest distance in log-SNR that must be resolved. Default: 5e-6.
         """
 
-        def snr(t: Tensor) -> Tensor:
-            return sde.log_snr(t).clamp(-_LOG_SNR, _LOG_SNR).exp()
-
         ends = math.exp(-_LOG_SNR), math.exp(_LOG_SNR)
-        return cls(noise, *ends, tolerance, geometric=True, clock=snr)
+        return cls(noise, *ends, tolerance, geometric=True, clock=_SNR(sde))
 
     def increment(self, like: Tensor, t: float | Tensor, s: float | Tensor) -> Tensor:
         """`W(s) - W(t)`, normal with variance |s - t|, or that of their clocks.
@@ -232,7 +247,8 @@ class BrownianPath(NoiseSource):
         a, m, b = (self._place((index + part) / count) for part in (0.0, 0.5, 1.0))
         draws = (count + index).to(torch.int64)
         shared = draws[:, 0] == draws[:, 1]
-        first, last = rest(step, a[-1], b[-1]).unbind(1)
+        edge = min(_GRAIN * float(count[-1]), 0.5)
+        first, last = rest(step, a[-1], b[-1], edge).unbind(1)
         fine = torch.stack((first, torch.where(shared[-1], first + last, last)), 1)
         weights = torch.cat((pairs(step, a[:-1], m[:-1], b[:-1]), fine[:, None]), 1)
         first = weights[:, :, 0].masked_fill(shared, 0.0)

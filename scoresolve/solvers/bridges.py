@@ -23,7 +23,7 @@ from torchsde import sdeint
 from scoresolve.errors import ArgumentError, Status, known_name, row_status
 from scoresolve.noise import NoiseSource, Purpose
 from scoresolve.sde.base import TimeLike, expand
-from scoresolve.solvers.adaptive import BoundedDrift, CallLimit, unmoved
+from scoresolve.solvers.adaptive import BoundedDrift, CallLimit, check_velocity, unmoved
 from scoresolve.solvers.integrator import GaussianFlow, Integrator, RowDrift, Solution
 
 __all__ = ["StepNoise", "TorchDiffEq", "TorchSDE"]
@@ -95,12 +95,18 @@ class TorchDiffEq(Integrator):
         flow: GaussianFlow | None = None,
         width: int | None = None,
     ) -> Solution:
-        """Integrate dx = drift(x, t) dt; the other arguments are not read."""
+        """Integrate dx = drift(x, t) dt; `diffusion`, `noise` and `width` are not read.
+
+        Raises:
+            ArgumentError: the velocity of `flow` is not known at an end of the interval.
+        """
         from torchdiffeq import odeint  # half a second, because of scipy
 
         field = BoundedDrift(drift, x, t_start, t_end, self.max_calls)
         if t_start == t_end or not x.numel():
             return unmoved(x, t_end)
+        if flow is not None:
+            check_velocity(flow, t_start, t_end)
         trail = _Trail(x.to(field.state_dtype), t_start)
         status = torch.full((x.shape[0],), int(Status.OK), device=x.device)
         rows = (row_status(x) == Status.OK).nonzero().flatten()
@@ -202,7 +208,10 @@ class TorchSDE(Integrator):
 
         Raises:
             ArgumentError: `diffusion` or `noise` is missing.
+            GridError: the reverse SDE of `flow` is to go upwards.
         """
+        if flow is not None:
+            self.check_direction(t_start, t_end)
         if diffusion is None or noise is None:
             missing = "diffusion" if diffusion is None else "noise"
             raise ArgumentError(f"{missing} is None: torchsde needs a diffusion and a noise source")
@@ -335,6 +344,7 @@ class _Run:
     def callback_step(self, t: Tensor, x: Tensor, dt: Tensor) -> None:
         """torchdiffeq is about to step from the accepted state `x`."""
         self.broken = self.broken & ~self.trail.see(x, t, self.rows)
+        self.field.tell_of_many_calls(lambda row: f"t = {float(self.trail.t[row]):.6g}")
         self.trail.attempted[self.rows] += 1
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from scoresolve.errors import GridError
 from scoresolve.noise import NoiseSource
 from scoresolve.sde import SDE, GaussianSDE
 
@@ -86,6 +87,19 @@ class Integrator(ABC):
     max_calls: int = sys.maxsize
     sde: SDE | None = None
 
+    def check_direction(self, t_start: float, t_end: float) -> None:
+        """Raise `GridError` if the solver is to run the reverse SDE upwards.
+
+        Args:
+            t_start, t_end: the interval of the reverse SDE.
+        """
+        if self.stochastic and t_end > t_start:
+            raise GridError(
+                f"{self.name!r} runs the reverse SDE, from noise to data, but the interval goes up "
+                f"from t = {t_start:g} to {t_end:g}: give t_end below t_start, or a deterministic "
+                "solver"
+            )
+
     @abstractmethod
     def solve(
         self,
@@ -109,8 +123,12 @@ class Integrator(ABC):
             t_start, t_end: times, either one may be the larger.
             diffusion: g(t), [B] -> [B]; needed by a stochastic integrator.
             noise: source of randomness; needed by a stochastic integrator.
-            flow: the process, where it is Gaussian.
+            flow: the process, where it is Gaussian; with it a stochastic integrator takes `drift`
+                for that of the reverse SDE.
             width: rows to work on at a time, for one that refills; all if omitted.
+
+        Raises:
+            GridError: the reverse SDE is to go upwards.
         """
 
     def __repr__(self) -> str:

@@ -10,6 +10,7 @@ tableaus, runge_kutta, adams, dpm, stochastic    the methods
 """
 
 from scoresolve.solvers.adaptive.adams import AdaptiveAdams
+from scoresolve.solvers.adaptive.coordinates import check_velocity
 from scoresolve.solvers.adaptive.dpm import AdaptiveDPMSolver
 from scoresolve.solvers.adaptive.drift import BoundedDrift, CallLimit, unmoved
 from scoresolve.solvers.adaptive.loop import Adaptive, Trial
@@ -48,5 +49,6 @@ __all__ = [
     "Tableau",
     "Trial",
     "Tsitouras",
+    "check_velocity",
     "unmoved",
 ]

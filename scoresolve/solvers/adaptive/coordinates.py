@@ -20,6 +20,8 @@ from __future__ import annotations
 import math
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from copy import copy
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -29,13 +31,13 @@ from torch import Tensor
 from scoresolve.errors import ArgumentError
 from scoresolve.models import conversion
 from scoresolve.sde import GaussianSDE, SchedulePoint
-from scoresolve.solvers.adaptive.drift import BoundedDrift
+from scoresolve.solvers.adaptive.drift import BoundedDrift, Interval
 from scoresolve.solvers.adaptive.points import Point, hermite
 from scoresolve.solvers.adaptive.rows import Numbers, lift, padded
 from scoresolve.solvers.integrator import GaussianFlow, RowDrift
 from scoresolve.solvers.scaled import TURN, B, C
 
-__all__ = ["COORDINATES", "Coordinates", "check_ends", "coordinates_for"]
+__all__ = ["COORDINATES", "Coordinates", "check_ends", "check_velocity", "coordinates_for"]
 
 
 class Coordinates(ABC):
@@ -43,12 +45,20 @@ class Coordinates(ABC):
 
     Attributes:
         start, end: the interval of u.
-        drift: the bounded right-hand side.
+        drift: the bounded right-hand side; `bare` ones have none.
+        inside: its interval of times.
     """
 
     start: float
     end: float
     drift: BoundedDrift
+    inside: Interval
+
+    def bare(self) -> Coordinates:
+        """The coordinates without the right-hand side, and so without the model behind it."""
+        way = copy(self)
+        del way.drift
+        return way
 
     @property
     def sign(self) -> float:
@@ -98,7 +108,8 @@ class Coordinates(ABC):
 
 class Time(Coordinates):
     def __init__(self, drift: BoundedDrift, t_start: float, t_end: float) -> None:
-        self.drift, self.start, self.end = drift, t_start, t_end
+        self.drift, self.inside = drift, drift.inside
+        self.start, self.end = t_start, t_end
 
     def time(self, u: Numbers) -> Numbers:
         return u
@@ -107,7 +118,7 @@ class Time(Coordinates):
         return t
 
     def slope(self, y: Tensor, u: Numbers, place: Numbers) -> Tensor:
-        return self.drift(y, self.drift.times(u), torch.from_numpy(place))
+        return self.drift(y, self.inside.times(u), torch.from_numpy(place))
 
 
 class _Schedule(NamedTuple):
@@ -129,11 +140,15 @@ class _Gaussian(Coordinates):
     def __init__(
         self, drift: BoundedDrift, flow: GaussianFlow, t_start: float, t_end: float
     ) -> None:
-        self.drift, self.sde, self.scale = drift, flow.sde, flow.scale
+        self.drift, self.inside = drift, drift.inside
+        self.sde, self.scale = flow.sde, flow.scale
         self.t_start, self.t_end = self._ends = t_start, t_end
         self.start, self.end = self.clock(t_start), self.clock(t_end)
         self.prediction = flow.prediction
         self._known: tuple[Numbers, _Schedule] | None = None
+        at = self.schedule(np.array([self.start, self.end]))
+        regular: Numbers = np.isfinite(np.array(at[2:5])).all(0, keepdims=True)[0]
+        check_regular(flow, t_start, t_end, regular.tolist())
 
     @abstractmethod
     def size(self, alpha: Numbers, sigma: Numbers) -> Numbers:
@@ -157,7 +172,7 @@ class _Gaussian(Coordinates):
             known = self.sde.time_from_log_snr(torch.from_numpy(self.log_snr(u)))
             t = known.clamp(min(self._ends), max(self._ends)).numpy()
             t[u == self.start], t[u == self.end] = self._ends
-            seen = self.drift.rounded(t)
+            seen = self.inside.rounded(t)
             at = seen.double()
             alpha, sigma = self.sde.alpha(at).numpy(), self.sde.sigma(at).numpy()
             point: Any = (alpha, sigma, math.nan, math.nan)
@@ -244,8 +259,43 @@ def check_ends(sde: GaussianSDE, t_start: float, t_end: float) -> None:
         if not math.isfinite(log_snr := float(sde.log_snr(t))):
             raise ArgumentError(
                 f"log-SNR is {log_snr} at {name} = {t:g}, where the equation of this solver is "
-                f"singular: give {name}={t + 1e-3 * (other - t):.4g}, say"
+                f"singular: give {name}={_nearby(sde, t, other):.4g}, say"
             )
+
+
+def check_velocity(flow: GaussianFlow, t_start: float, t_end: float) -> None:
+    """Raise `ArgumentError` if the model's prediction does not tell dx/dt at an end.
+
+    A prediction "v" may stand for a model that has a velocity of its own, so it is let through.
+    """
+    if flow.prediction == "v":
+        return
+    point = flow.sde.point(torch.tensor([t_start, t_end], dtype=torch.float64))
+    shares = [torch.as_tensor(c) for c in conversion(flow.prediction, "flow", point)]
+    regular = torch.stack([torch.isfinite(c).expand(2) for c in shares]).all(0)
+    check_regular(flow, t_start, t_end, regular.tolist())
+
+
+def check_regular(
+    flow: GaussianFlow, t_start: float, t_end: float, regular: Sequence[bool]
+) -> None:
+    """Raise `ArgumentError` if the slope is not `regular` at an end, the start's first."""
+    for name, t, other, good in zip(
+        ("t_start", "t_end"), (t_start, t_end), (t_end, t_start), regular, strict=True
+    ):
+        if not good:
+            raise ArgumentError(
+                f"a model that predicts {flow.prediction!r} does not tell the slope at "
+                f"{name} = {t:g}, where alpha = {float(flow.sde.alpha(t)):.3g} and "
+                f"sigma = {float(flow.sde.sigma(t)):.3g}: "
+                f"give {name}={_nearby(flow.sde, t, other):.4g}, say"
+            )
+
+
+def _nearby(sde: GaussianSDE, t: float, other: float) -> float:
+    """A time inside, next to the end `t`: where sampling stops by default, or a 1000th on."""
+    inside = t + 1e-3 * (other - t)
+    return min(inside, sde.t_min) if t < sde.t_min < other else inside
 
 
 def coordinates_for(
@@ -264,6 +314,8 @@ def coordinates_for(
     """
     name = name or ("scaled" if flow is not None else "time")
     if name == "time":
+        if flow is not None:
+            check_velocity(flow, t_start, t_end)
         return Time(BoundedDrift(drift, x, t_start, t_end, max_calls), t_start, t_end)
     if flow is None:
         raise ArgumentError(

@@ -12,10 +12,10 @@ err_1 and err_2 those of the two accepted before, and q the order of err in h.
 from __future__ import annotations
 
 import math
-import sys
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -191,6 +191,12 @@ class Adaptive(Integrator):
         flow: GaussianFlow | None,
     ) -> Coordinates:
         """The problem in the solver's coordinates."""
+        if flow is None and self.coordinates == self.usual_coordinates == "log_snr":
+            raise ArgumentError(
+                f"{self.name!r} steps in log-SNR, which only the flow of samples of a Gaussian "
+                "process has, not another process, nor a flow with a density beside it: take "
+                "'dopri5' or 'adams'"
+            )
         return coordinates_for(self.coordinates, drift, flow, x, t_start, t_end, self.max_calls)
 
     @abstractmethod
@@ -209,7 +215,7 @@ class Adaptive(Integrator):
         """Lengths of the first steps [b]: a hundredth of what turns the state around."""
         both = torch.stack((rows.y, rows.slope))
         d0, d1 = self.norms(way, both, rows.y.abs(), rows.u).clip(max=_LARGE)
-        turn = d0.clip(min=1.0) / d1.clip(min=sys.float_info.min)
+        turn = d0.clip(min=1.0) / d1.clip(min=1 / _LARGE**2)
         lengths: Numbers = (0.01 * turn).clip(max=way.length / 10)
         return lengths
 
@@ -222,6 +228,10 @@ class Adaptive(Integrator):
         grown = factor * (one ** ((p + 2 * d) / q) * two ** (-d / q))
         past = np.where(accept, (error.clip(min=_LEAST_PAST), one), rows.past)
         return np.where(accept, grown, factor).clip(min=_MIN_FACTOR), rows._replace(past=past)
+
+    def settle(self, h: Numbers) -> Numbers:
+        """The lengths of the next steps [b], where the control asks for `h`."""
+        return h
 
     def solve(
         self,
@@ -236,12 +246,14 @@ class Adaptive(Integrator):
         width: int | None = None,
     ) -> Solution:
         """Integrate dx = drift(x, t) dt, and + diffusion(t) dw if it is stochastic."""
+        if flow is not None:
+            self.check_direction(t_start, t_end)
         if t_start == t_end or not x.numel():
             BoundedDrift(drift, x, t_start, t_end, self.max_calls)
             return unmoved(x, t_end, len(self.save_at), self.dense)
         way = self.way(drift, x, t_start, t_end, diffusion, noise, flow)
         self._warn_of_rounding(x.dtype)
-        y = way.start_of(x.to(way.drift.state_dtype))
+        y = way.start_of(x.to(way.inside.state_dtype))
         record = Record(way, y, self.save_at, self.dense, self.event)
         batch = y.shape[0]
         width = min(width or batch, batch)
@@ -264,6 +276,7 @@ class Adaptive(Integrator):
                     ready, waiting = guests._replace(slope=slope), waiting.part(slice(width, None))
                 elif len(rows.place):
                     rows = self._step(way, record, rows)
+                    way.drift.tell_of_many_calls(partial(_progress, way, rows))
                     if (rows.accepted + 4 * rows.rejected >= asked_again).any():
                         asked_again *= 2
                         self._ask_again(way, rows)
@@ -387,7 +400,7 @@ class Adaptive(Integrator):
         """The rows' places, next steps and statuses after trial steps `h` with their errors."""
         finite = np.isfinite(errors[0])
         factor, rows = self.resize(rows, errors, accept)
-        h = h * np.where(finite, np.minimum(factor, rows.growth), _NONFINITE_FACTOR)
+        h = self.settle(h * np.where(finite, np.minimum(factor, rows.growth), _NONFINITE_FACTOR))
         accepted, rejected = rows.accepted + accept, rows.rejected + ~accept
         u = np.where(accept, u, rows.u)
         hopeless = max(_LEAST_TRY * way.length, way.least_step)
@@ -421,10 +434,17 @@ class Adaptive(Integrator):
     @torch.no_grad()
     def norms(self, way: Coordinates, errors: Tensor, tall: Tensor, u: Numbers) -> Numbers:
         """Root mean squares [n, b] of errors [n, b, *event] of states as tall as `tall` >= 0."""
-        rtol = max(self.rtol, self.ROUNDING * torch.finfo(way.drift.dtype).eps)
+        rtol = max(self.rtol, self.ROUNDING * torch.finfo(way.inside.dtype).eps)
         unit, least = way.unit(u), torch.finfo(tall.dtype).tiny
         floor = np.maximum(self.atol / (np.ones(1) if unit is None else unit), least)
         return row_norm(errors / (tall * rtol + lift(floor, tall)))
+
+
+def _progress(way: Coordinates, rows: Rows, place: int) -> str:
+    """How far the row `place` of the caller's batch has come."""
+    u = rows.u[rows.place == place]
+    t = f"t = {float(way.time(u)[0]):.6g}" if len(u) else "its end"
+    return f"{t} on the way to {float(way.time(np.array([way.end]))[0]):.6g}"
 
 
 def _start_rows(y: Tensor, start: float) -> Rows:

@@ -164,7 +164,7 @@ class Record:
             return np.zeros(1)
         way, u = self.way, np.broadcast_to(u, len(y))
         with torch.no_grad():
-            value = self.event(way.state(y, u).to(way.drift.dtype), way.drift.times(way.time(u)))
+            value = self.event(way.state(y, u).to(way.inside.dtype), way.inside.times(way.time(u)))
         if not isinstance(value, Tensor) or value.shape != u.shape or value.is_complex():
             found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
             raise ArgumentError(
@@ -203,7 +203,7 @@ class Path:
     """
 
     def __init__(self, record: Record) -> None:
-        self.way, self.y, self.segments = record.way, record.y, record.segments
+        self.way, self.y, self.segments = record.way.bare(), record.y, record.segments
 
     def __call__(self, t: float) -> Tensor:
         """x at time `t`, [B, *event]; NaN for the rows that did not come so far.

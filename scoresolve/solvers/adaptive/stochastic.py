@@ -9,7 +9,7 @@ points is known: it is what a step to there would have read.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -22,10 +22,16 @@ from scoresolve.solvers.adaptive.coordinates import Coordinates, LogSNR, Time, c
 from scoresolve.solvers.adaptive.drift import BoundedDrift
 from scoresolve.solvers.adaptive.loop import Adaptive, Trial
 from scoresolve.solvers.adaptive.points import Point
-from scoresolve.solvers.adaptive.rows import Numbers, Rows, lift
+from scoresolve.solvers.adaptive.rows import Numbers, Rows, lift, padded
 from scoresolve.solvers.integrator import GaussianFlow, RowDrift
 
 __all__ = ["AdaptiveSDE", "GottaGoFast"]
+
+_RUNGS: Final = np.exp2(np.arange(8) / 8)
+"""The mantissas of step sizes. A path read an ulp later moves by many, and would by way of the
+error move the next step by more: only sizes out of a list keep a rounding what it is."""
+_ON_A_RUNG: Final = 1e-9
+"""So that the logarithm of a rung never rounds to the one below."""
 
 
 def _tree(noise: NoiseSource | None, ends: Sequence[float], geometric: bool) -> BrownianPath:
@@ -45,6 +51,12 @@ class _Driven(Adaptive):
 
     def first_steps(self, way: Coordinates, rows: Rows) -> Numbers:
         return np.full_like(rows.u, way.length / 50)
+
+    def settle(self, h: Numbers) -> Numbers:
+        """The greatest rungs up to `h`."""
+        octave, rung = np.divmod(np.floor(len(_RUNGS) * np.log2(h) + _ON_A_RUNG), len(_RUNGS))
+        rungs: Numbers = np.ldexp(_RUNGS[rung.astype(np.int64)], octave.astype(np.int64))
+        return rungs
 
 
 class _PosteriorMean(LogSNR):
@@ -66,8 +78,8 @@ class _PosteriorMean(LogSNR):
         return np.ones_like(alpha), np.zeros_like(alpha)
 
     def snr(self, u: Numbers) -> Numbers:
-        snr: Numbers = np.exp(-2 * u)
-        return snr
+        """1/k^2 [b]: the same to the last bit in any batch, as it is a time of the path."""
+        return padded(lambda u: (np.exp(-2 * u),), u)[0]
 
     def increment(self, rows: Rows | Point, u: Numbers) -> Tensor:
         """B from where the rows are to u."""
@@ -159,7 +171,7 @@ class _Driver(Time):
         """g dW from the rows' times to u, with g at the start and at the end."""
         ends = [torch.from_numpy(at).squeeze() for at in (rows.u, u)]
         w = self.noise.rows(torch.from_numpy(rows.place)).increment(rows.y, *ends)
-        first, last = (expand(self.diffusion(t), w, t) * w for t in map(self.drift.times, ends))
+        first, last = (expand(self.diffusion(t), w, t) * w for t in map(self.inside.times, ends))
         return first, last
 
     def between(self, now: Point, new: Point, before: Point, u: Numbers) -> Tensor:
