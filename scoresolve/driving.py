@@ -44,7 +44,6 @@ __all__ = [
     "Prior",
     "Samples",
     "check_call",
-    "check_sde",
     "device_of",
     "drive",
     "failure",
@@ -222,6 +221,7 @@ class IntegratorEngine(Engine):
     ) -> None:
         if denoise and not isinstance(sde, GaussianSDE):
             raise ArgumentError(f"denoise= needs sigma(t), which {sde} does not have: leave it out")
+        solver.check_direction(*ends)
         if solver.sde is not None and solver.sde != sde:
             raise ArgumentError(f"{solver.name!r} was made for {solver.sde}, not for {sde}")
         self.solver, self.sde, self.ends, self.denoise = solver, sde, ends, denoise
@@ -418,14 +418,6 @@ def settle(cond: dict[str, Any], model: Model, start: Given | Prior, t: float) -
 
     with torch.no_grad():
         return settled(cond, start.batch, answer) if cond else cond
-
-
-def check_sde(sde: object) -> None:
-    """Raise `ArgumentError` unless `sde` is a process."""
-    if isinstance(sde, type) and issubclass(sde, SDE):
-        raise ArgumentError(f"sde is the class {sde.__name__} itself: give {sde.__name__}()")
-    if not isinstance(sde, SDE):
-        raise ArgumentError(f"sde is {type(sde).__name__}: give a process, such as VP()")
 
 
 def check_call(

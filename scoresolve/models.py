@@ -142,18 +142,37 @@ def conversion(
 
 def combine(u: Number, x: Tensor, w: Number, m: Tensor, t: TimeLike) -> Tensor:
     """u x + w m for states [B, *event], with coefficients made at time `t` [] or [B]."""
-    result = m if isinstance(w, float) and w == 1 else expand(torch.as_tensor(w), x, t) * m
+    result = m if isinstance(w, float) and w == 1 else _factor(w, x, t) * m
     if isinstance(u, float) and u == 0:
         return result
-    return expand(torch.as_tensor(u), x, t) * x + result
+    return _factor(u, x, t) * x + result
 
 
-def check_energy(energy: Tensor, x: Tensor) -> Tensor:
-    """`energy` itself; raises `ShapeError` unless it is [B] for `x` [B, *event]."""
+def _factor(c: Number, x: Tensor, t: TimeLike) -> Tensor:
+    """A coefficient that multiplies `x`; a Python number keeps its 53 bits."""
+    given = c if isinstance(c, Tensor) else torch.tensor(c, dtype=torch.float64, device="cpu")
+    return expand(given, x, t)
+
+
+def check_energy(energy: object, x: Tensor) -> Tensor:
+    """`energy` itself.
+
+    Raises:
+        ArgumentError: it is no tensor, not real floating point, or has no gradient.
+        ShapeError: it is not [B] for `x` [B, *event].
+    """
+    if not isinstance(energy, Tensor):
+        raise ArgumentError(f"the energy is {type(energy).__name__}: return a tensor [B]")
+    if not energy.is_floating_point():
+        raise ArgumentError(f"the energy is {energy.dtype}: return real floating-point numbers")
     if energy.shape != x.shape[:1]:
         raise ShapeError(
             f"the energy returned shape {tuple(energy.shape)} for x of shape {tuple(x.shape)}: "
             "return one energy per sample, [B]"
+        )
+    if torch.is_grad_enabled() and not energy.requires_grad:
+        raise ArgumentError(
+            "the energy has no gradient in x: compute it from x by differentiable operations"
         )
     return energy
 
@@ -390,7 +409,9 @@ class EnergyModel(NetworkModel):
             leaf = x if x.requires_grad else x.detach().requires_grad_()
             # a copy that is no leaf, into which the energy may write
             energy = check_energy(self.energy(leaf.clone(), t, **cond), x)
-            (gradient,) = torch.autograd.grad(energy.sum(), leaf, create_graph=keep_graph)
+            (gradient,) = torch.autograd.grad(
+                energy.sum(), leaf, create_graph=keep_graph, materialize_grads=True
+            )
         return -(energy if keep_graph else energy.detach()), -gradient
 
 

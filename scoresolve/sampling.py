@@ -27,7 +27,6 @@ from scoresolve.driving import (
     Prior,
     Samples,
     check_call,
-    check_sde,
     device_of,
     drive,
     settle,
@@ -45,7 +44,7 @@ from scoresolve.grid import INTEGER_GRIDS, Grid, as_grid, make_grid
 from scoresolve.models import Model, as_model
 from scoresolve.noise import NoiseSource, as_noise
 from scoresolve.plans import Plan, StepReport, check_state, trace
-from scoresolve.sde import SDE, GaussianSDE
+from scoresolve.sde import SDE, GaussianSDE, check_process
 from scoresolve.solvers import Integrator, Solver, get_solver
 from scoresolve.tuning import scale_within
 
@@ -226,7 +225,7 @@ def sample(
         SolveError: a sample failed and `raise_on_failure` is set.
     """
     resolved = get_solver(solver)
-    check_sde(sde)
+    check_process(sde)
     model = as_model(score, sde)
     check_call(score, cond, sample)
     warn_of_dropout(score)
@@ -244,6 +243,7 @@ def sample(
         check_state(x)
         if dtype is not None or device is not None:
             raise ArgumentError("dtype= and device= go with shape=: x= has its own")
+        check_process(sde, x)
         start = Given(x)
     if chunk is not None:
         whole_number("chunk", chunk)
@@ -324,7 +324,7 @@ def encode(
     resolved = get_solver(solver)
     if resolved.stochastic:
         raise ArgumentError(f"{resolved.name!r} draws noise: encoding needs a deterministic solver")
-    check_sde(sde)
+    check_process(sde)
     if grid is None or isinstance(grid, str):
         if grid in INTEGER_GRIDS and (t_start is not None or t_end is not None):
             raise GridError(

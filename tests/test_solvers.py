@@ -614,7 +614,7 @@ def test_stochastic_solvers_on_a_nonlinear_drift_are_the_loop_written_out(name: 
 
     found = trace(fixed(name), sde, times).run(as_model(benes_score, sde), x, noise)
     for i, (t, s) in enumerate(itertools.pairwise(times)):
-        z = noise.normal(x, first + i)
+        z = noise.normal(x, begin + i)
         if name == "euler_maruyama":
             x = x + (s - t) * reverse(x, t) + math.sqrt((1 + 0.5 * t) * (t - s)) * z
         else:

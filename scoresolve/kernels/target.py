@@ -23,7 +23,7 @@ from scoresolve.errors import (
     row_status,
     whole_number,
 )
-from scoresolve.models import EnergyModel, Model
+from scoresolve.models import Model
 from scoresolve.targets import GaussianMixture
 
 __all__ = [
@@ -379,8 +379,6 @@ def as_target(
     _check_conditions(score, cond)
     held = {name: _plain(value) for name, value in cond.items()}
     at, log_prob = _Clock(time), getattr(score, "log_prob", None)
-    if type(score) is EnergyModel:
-        score = EnergyModel(_checked_energy(score.energy))
     both = getattr(score, "log_prob_and_score", None)
     if both is not None:
         target = Target(lambda x: both(x, at(x), **held), True, nodes)
@@ -413,21 +411,6 @@ def _check_conditions(score: Callable[..., object], cond: dict[str, Any]) -> Non
             f"{', '.join(cond)} would go to the score, which takes other conditions ({error}): "
             "correct the name, or give the score that argument"
         ) from error
-
-
-def _checked_energy(energy: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def checked(x: Tensor, t: Tensor, **cond: Any) -> Tensor:
-        found: object = energy(x, t, **cond)
-        if not isinstance(found, Tensor):
-            raise ArgumentError(f"the energy is {type(found).__name__}: return a tensor [B]")
-        _check_real("energy", found)
-        if not found.requires_grad:
-            raise ArgumentError(
-                "the energy has no gradient in x: compute it from x by differentiable operations"
-            )
-        return found
-
-    return checked
 
 
 def _version(x: Tensor) -> int:

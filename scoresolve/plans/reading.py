@@ -181,7 +181,7 @@ def _items(name: str, value: Any) -> list[Any]:
 
 
 def _register(name: str, value: Any) -> int:
-    if type(value) is not int or not 0 <= value < 2**31:
+    if type(value) is not int or not 0 <= value < 2**32:
         raise _Fault(f"{name} is {short(value)}, not a whole number of at least 0")
     return value
 

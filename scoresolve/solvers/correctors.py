@@ -224,7 +224,7 @@ class PredictorCorrector(Solver):
     def __init__(self, predictor: Solver, corrector: Corrector) -> None:
         self.predictor, self.corrector = predictor, corrector
         self.predicts, self.wants_scale = predictor.predicts, predictor.wants_scale
-        self.grid, self.grid_options = predictor.grid, predictor.grid_options
+        self.grid, self.grid_options = predictor.grid, dict(predictor.grid_options)
         self.jumps_at_noise = predictor.jumps_at_noise
         self.jumps_at_data = predictor.jumps_at_data
         self.name = f"pc({predictor.name}, {corrector.name})"
