@@ -96,14 +96,16 @@ class Estimator:
         self.draws, self.stratified = whole_number("draws", draws), stratified
         self.noise, self.calls, self.dimension = noise, 0, math.prod(x.shape[1:])
         self.x = x.reshape(len(x), -1).double()
-        self.levels = None if levels is None else torch.as_tensor(levels).to(self.x)
+        self.levels = (
+            None if levels is None else torch.as_tensor(levels, device=x.device).to(self.x)
+        )
         if self.levels is not None:
             self.place = _places(self.x, self.levels)
         warn_of_dropout(score)
 
     def offset(self, draw: int, purpose: Purpose = Purpose.START) -> Tensor:
         """Uniform [B] float64, where the evenly spread times of a draw start."""
-        like = torch.empty(len(self.x), dtype=torch.float64)
+        like = torch.empty(len(self.x), dtype=torch.float64, device="cpu")
         return self.noise.uniform(like, draw, purpose)
 
     def normals(self, draw: int, count: int) -> Callable[[int], Tensor]:
@@ -120,7 +122,8 @@ class Estimator:
         if not self.stratified:
             return plain
         start = self.offset(draw, Purpose.TARGET)
-        place = (start + (5**0.5 - 1) / 2 * torch.arange(count)[:, None]) % 1
+        steps = torch.arange(count, device="cpu")[:, None]
+        place = (start + (5**0.5 - 1) / 2 * steps) % 1
         square = 2 * gammaincinv(self.dimension / 2, place.numpy())
         lengths = torch.from_numpy(square).sqrt().to(self.state)
 

@@ -195,7 +195,7 @@ def _along(
     cond: dict[str, Any],
 ) -> Tensor:
     """Log-densities [S + 1, B] of `states` at falling `times`."""
-    at = torch.tensor(times, dtype=torch.float64)
+    at = torch.tensor(times, dtype=torch.float64, device="cpu")
     alpha, variance = sde.alpha(at), (-sde.log_snr(at)).exp()
     flat = states.reshape(*states.shape[:2], -1).double()
     dimension = flat.shape[2]

@@ -21,13 +21,13 @@ from tqdm import tqdm
 
 from scoresolve.divergence import Differentiator
 from scoresolve.driving import Engine, Part
-from scoresolve.errors import ArgumentError, ModelWarning, row_status
+from scoresolve.errors import ModelWarning, row_status
 from scoresolve.likelihood.nodes import Nodes, allocate, place_nodes
 from scoresolve.likelihood.path import Field, Walk, block_count, walk
 from scoresolve.models import Model, scale_of_data
 from scoresolve.noise import NoiseSource, Philox, Purpose
 from scoresolve.sde import GaussianSDE
-from scoresolve.tuning import measure_scale
+from scoresolve.tuning import measured_or_none
 
 __all__ = ["COLUMNS", "Budget", "PathEngine", "Pilot", "data_std", "fly_pilot", "scale_hidden"]
 
@@ -92,18 +92,7 @@ def data_std(
     scale, spent = model.data_scale, 0
     if scale is None and not _own(cond):
         pairs = max(4, min(64, 96 // size))
-        try:
-            scale = measure_scale(
-                model,
-                sde,
-                like.shape[1:],
-                pairs=pairs,
-                dtype=like.dtype,
-                device=like.device,
-                **cond,
-            )
-        except ArgumentError:
-            scale = None
+        scale = measured_or_none(model, sde, like, cond, pairs=pairs, stacklevel=7)
         spent = 6 * pairs
     if scale_hidden(model, cond):
         warnings.warn(
@@ -262,8 +251,8 @@ class PathEngine(Engine):
             found.error,
             found.path,
             (found.integral - found.coarse).abs(),
-            found.first.abs() / 2,
-            found.final.abs() / 2,
+            found.data_end,
+            found.noise_end,
         ]
         parts = [latent, torch.stack(columns, 1)]
         parts = parts if self.to_noise else [found.end, *parts]

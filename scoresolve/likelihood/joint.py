@@ -104,7 +104,7 @@ class JointFlow(Model):
         held = split_cond(self.cond, rows, self.batch)
         self.forwards[rows] += 1
 
-        u, w, network = velocity_parts(self.model, self.process, state, t)
+        u, w, network = velocity_parts(self.model, self.process, state, t, self.differentiator)
 
         def field(y: Tensor) -> Tensor:
             m: Tensor = network(y, t, **held)

@@ -46,8 +46,7 @@ class Nodes:
         times, alpha, sigma: the schedule at the nodes.
         clock: u at the nodes.
         rate: dlog k/du at the nodes.
-        weights: of the trace in the integral over log k, from 0 to the last node. Beyond it the
-            integrand falls with k^-2, so that half its last value is left.
+        weights: of the trace in the integral over log k, from 0 to the last node.
         coarse: the same by every second node alone, 0 at the others.
         last: u at the last time of the process, at least that of the last node.
     """
@@ -75,6 +74,11 @@ class Nodes:
         """sqrt(sigma^2 + c^2 alpha^2), the size of x for y of size 1."""
         return np.hypot(self.sigma, self.c * self.alpha)
 
+    @property
+    def left(self) -> float:
+        """c^2/(c^2 + k^2) at the last node: the share of the data in the variance of its state."""
+        return float(self.c * self.alpha[-1] / self.radius[-1]) ** 2
+
     def weights_between(self, past: Sequence[int], start: float, end: float) -> Array:
         """Weights of the slopes at the nodes `past` for the integral over u from start to end."""
         return lagrange_weights(self.clock[list(past)], start, end)
@@ -92,7 +96,8 @@ def place_nodes(
         t_start, t_end: times, increasing; nodes go no farther than sigma/alpha = 1000 c.
         single: whether the network will be called with times in float32.
     """
-    ends = np.exp(-sde.log_snr(torch.tensor([t_start, t_end], dtype=torch.float64)).numpy() / 2)
+    host = torch.tensor([t_start, t_end], dtype=torch.float64, device="cpu")
+    ends = np.exp(-sde.log_snr(host).numpy() / 2)
     low, last = (math.sqrt(math.atan(float(k) / c)) for k in ends)
     high = max(min(last, math.sqrt(math.atan(_FARTHEST))), (low + last) / 2)
     low = max(low, 0.01)

@@ -32,6 +32,7 @@ __all__ = ["Field", "Walk", "block_count", "walk"]
 
 _END = math.sqrt(math.pi / 2)
 _SIGNS: Final = 64  # products z_i z_j of independent signs that the standard error rests on
+_MOST_LEFT: Final = 0.9  # of a variance at the last node, that of the data
 Observer = Callable[[int, Tensor], None]
 
 
@@ -123,7 +124,8 @@ class Walk:
         error: its standard error, [b].
         coarse: the same integral by every second node, [b].
         path: estimated error of the path in nats, [b].
-        first, final: the trace at the first and last node, [b].
+        data_end, noise_end: size in nats of what is made of the noise below the first node, and
+            of the data left in the last one, [b].
         dropped: places of the rows that the nodes are too few for.
     """
 
@@ -135,8 +137,8 @@ class Walk:
     error: Tensor
     coarse: Tensor
     path: Tensor
-    first: Tensor
-    final: Tensor
+    data_end: Tensor
+    noise_end: Tensor
     dropped: Tensor
 
 
@@ -172,9 +174,11 @@ def walk(
     length = _block_length(size, sum(counts), blocks)
     state = {
         "rows": rows,
+        "place": torch.arange(len(y), device=y.device),
         "sums": y.new_zeros(len(y), blocks, groups, terms_each),
         "coarse": y.new_zeros(len(y)),
         "last": y.clone(),
+        "bend": torch.zeros_like(y),
         "path": y.new_zeros(len(y)),
         "first": y.new_zeros(len(y)),
         "final": y.new_zeros(len(y)),
@@ -214,8 +218,12 @@ def walk(
         if begin and to_noise:
             y = predicted + pull / 2
         elif begin:
-            y = predicted - _limit((_END - here) * slopes[-1], nodes)
+            beyond = (_END - here) * slopes[-1]
+            y = predicted - beyond
             state["last"] = y + (nodes.last - here) * slopes[-1]
+            # That slope belongs to a state which it has not moved yet.
+            turn = _flat(beyond).norm(dim=1) / _flat(predicted).norm(dim=1).clamp(min=1)
+            state["bend"] = beyond * (turn + nodes.left).reshape(-1, *(1,) * (y.ndim - 1))
         else:
             y = y + ahead(here)
             change = y - predicted
@@ -239,12 +247,18 @@ def walk(
             if not len(y):
                 break
     if to_noise:
-        end, last = y + _limit(ahead(_END, 2), nodes), y + ahead(nodes.last, 2)
+        straight, bent = ahead(_END, 1), ahead(_END, 2)
+        end, last, bend = y + bent, y + ahead(nodes.last, 2), bent - straight
+        at_noise = end
     else:
-        end, last = (y - pull / 2) * size_y, state["last"]
+        end, last, bend = (y - pull / 2) * size_y, state["last"], state["bend"]
+        at_noise = start[state["place"]].to(work)
     sums = state["sums"]
-    bound = size * nodes.c**2 / float(nodes.k[-1]) ** 2
-    tail = (state["final"] / 2).clamp(-bound, bound)  # for variances up to about 3 c^2
+    tail = _tail(state["final"], size, nodes.left)
+    # What is left of the data turns y by `bend`, to first order; with |bend|^2 the next one is in.
+    turned_by = _flat(bend).norm(dim=1)
+    noise_end = tail.abs() + (_flat(bend * at_noise).sum(1)).abs() + turned_by * (2 + turned_by)
+    below = (float(nodes.k[0]) / nodes.c) ** 2
     return Walk(
         rows=state["rows"],
         end=end,
@@ -254,8 +268,8 @@ def walk(
         error=_standard_error(sums[:, :, 0] - sums[:, :, -1]),
         coarse=state["coarse"] + tail,
         path=state["path"],
-        first=state["first"],
-        final=state["final"],
+        data_end=state["first"].abs() / 2 + size * below**2,
+        noise_end=noise_end,
         dropped=torch.cat(dropped) if dropped else rows[:0],
     )
 
@@ -314,12 +328,17 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(len(x), math.prod(x.shape[1:]))
 
 
-def _limit(move: Tensor, nodes: Nodes) -> Tensor:
-    """A move of y beyond the last node, at most what data of mean 3 c explain.
+def _tail(final: Tensor, size: int, left: float) -> Tensor:
+    """The integral of the trace beyond the last node, [b].
 
-    A network's own error in x0 grows with k there, and the flow past the process is not its own.
+    Of Gaussian data, whose tr dx0/dx' = D v/(v + k^2) there, it is
+
+        D int_k^inf (v/(v + k^2) - c^2/(c^2 + k^2)) dlog k = D/2 log((1 + v/k^2)/(1 + c^2/k^2)).
+
+    Args:
+        final: the trace at the last node, D (v/(v + k^2) - c^2/(c^2 + k^2)), [b].
+        size: D.
+        left: c^2/(c^2 + k^2) there.
     """
-    most = 3 * math.sqrt(math.prod(move.shape[1:])) * nodes.c / float(nodes.k[-1])
-    norm = _flat(move).norm(dim=1).clamp(min=torch.finfo(move.dtype).tiny)
-    limited: Tensor = move * (most / norm).clamp(max=1).reshape(-1, *(1,) * (move.ndim - 1))
-    return limited
+    share = (final / (size * (1 - left))).clamp(-left / (1 - left), _MOST_LEFT)
+    return -size / 2 * torch.log1p(-share)

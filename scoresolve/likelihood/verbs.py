@@ -8,7 +8,6 @@ Along the flow log p_t changes by -div v, so data x_0 that the flow takes to the
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -28,7 +27,6 @@ from scoresolve.driving import (
 )
 from scoresolve.errors import (
     ArgumentError,
-    ModelWarning,
     ShapeError,
     known_name,
     whole_number,
@@ -194,7 +192,7 @@ def log_likelihood(
         data = x + width * task.source.uniform(x, 0, Purpose.DEQUANTISE) if width else x.clone()
         result = task.solve(way, data, prior)
     result = replace(result, bin_width=dequantise)
-    return _finish(result, task.differentiator, raise_on_failure)
+    return _finish(result, raise_on_failure)
 
 
 def sample_with_log_prob(
@@ -289,7 +287,7 @@ def sample_with_log_prob(
         else:
             start = x.clone()
         result = task.solve(way, start, prior)
-    return _finish(result, task.differentiator, raise_on_failure)
+    return _finish(result, raise_on_failure)
 
 
 def _check_data(x: Tensor) -> None:
@@ -464,16 +462,7 @@ def _path_result(
     )
 
 
-def _finish(
-    result: Likelihood, differentiator: Differentiator, raise_on_failure: bool
-) -> Likelihood:
-    if differentiator.blind:
-        warnings.warn(
-            "the model's output has no gradient with respect to x, so its divergence "
-            "counts as 0: if the network detaches or runs under torch.no_grad, undo that",
-            ModelWarning,
-            stacklevel=3,
-        )
+def _finish(result: Likelihood, raise_on_failure: bool) -> Likelihood:
     if raise_on_failure and not bool(result.ok.all()):
         raise failure(result, result.status)
     return result
