@@ -75,9 +75,9 @@ class Nodes:
         return np.hypot(self.sigma, self.c * self.alpha)
 
     @property
-    def left(self) -> float:
-        """c^2/(c^2 + k^2) at the last node: the share of the data in the variance of its state."""
-        return float(self.c * self.alpha[-1] / self.radius[-1]) ** 2
+    def distrusted(self) -> int:
+        """How many of the last nodes, 0 or 1, are not asked what lies beyond, see `path`."""
+        return int(_END - self.clock[-1] < self.clock[-1] - self.clock[-2])
 
     def weights_between(self, past: Sequence[int], start: float, end: float) -> Array:
         """Weights of the slopes at the nodes `past` for the integral over u from start to end."""

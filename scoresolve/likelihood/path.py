@@ -9,6 +9,10 @@ g = 1, 2, turned for every product by another row of a Walsh matrix, give
 The means of v_1 and v_2 agree element by element, the diagonal of one matrix, and their noise is
 independent: |v_1 - v_2|^2 / 2 is an unbiased estimate of the variance. Its noise is a sum over
 pairs of elements; where these are few, the path is cut into blocks with signs of their own.
+
+Beyond the last node both go on as data with a mean and a variance would let them. A network's error
+in x0 grows with k, so where the last node lies closer to no data than to the one before it, that
+one is asked.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ __all__ = ["Field", "Walk", "block_count", "walk"]
 
 _END = math.sqrt(math.pi / 2)
 _SIGNS: Final = 64  # products z_i z_j of independent signs that the standard error rests on
-_MOST_LEFT: Final = 0.9  # of a variance at the last node, that of the data
+_MOST_LEFT: Final = 0.9  # of the variance at a last node, that of the data
 Observer = Callable[[int, Tensor], None]
 
 
@@ -189,6 +193,7 @@ def walk(
     slopes: list[Tensor] = []
     dropped: list[Tensor] = []
     turned = 0
+    told = len(nodes) - 1 - nodes.distrusted
 
     def ahead(to: float, most: int = ORDER) -> Tensor:
         used = past[-most:]
@@ -196,6 +201,13 @@ def walk(
         return sum(
             (float(a) * f for a, f in zip(weights, slopes[-len(used) :], strict=True)), 0 * y
         )
+
+    def extended(to: float, most: int = 2) -> Tensor:
+        """The integral of the slopes from the last node on, as those up to `told` continue."""
+        first = len(past) - (len(nodes) - 1 - told)
+        weights = nodes.weights_between(past[first - most : first], at, to)
+        used = slopes[first - most : first]
+        return sum((float(a) * f for a, f in zip(weights, used, strict=True)), 0 * y)
 
     order = range(len(nodes)) if to_noise else range(len(nodes) - 1, -1, -1)
     at = 0.0 if to_noise else _END
@@ -221,9 +233,7 @@ def walk(
             beyond = (_END - here) * slopes[-1]
             y = predicted - beyond
             state["last"] = y + (nodes.last - here) * slopes[-1]
-            # That slope belongs to a state which it has not moved yet.
-            turn = _flat(beyond).norm(dim=1) / _flat(predicted).norm(dim=1).clamp(min=1)
-            state["bend"] = beyond * (turn + nodes.left).reshape(-1, *(1,) * (y.ndim - 1))
+            state["bend"] = beyond
         else:
             y = y + ahead(here)
             change = y - predicted
@@ -238,7 +248,7 @@ def walk(
         state["coarse"] = state["coarse"] + float(nodes.coarse[n]) * trace
         if n == 0:
             state["first"] = trace
-        if n == len(nodes) - 1:
+        if n == told:
             state["final"] = trace
         if move is not None and bool((bad := move > tolerance).any()):
             dropped.append(state["rows"][bad])
@@ -247,14 +257,14 @@ def walk(
             if not len(y):
                 break
     if to_noise:
-        straight, bent = ahead(_END, 1), ahead(_END, 2)
-        end, last, bend = y + bent, y + ahead(nodes.last, 2), bent - straight
+        beyond = extended(_END)
+        end, last, bend = y + beyond, y + extended(nodes.last), beyond - extended(_END, 1)
         at_noise = end
     else:
         end, last, bend = (y - pull / 2) * size_y, state["last"], state["bend"]
         at_noise = start[state["place"]].to(work)
     sums = state["sums"]
-    tail = _tail(state["final"], size, nodes.left)
+    tail = _tail(state["final"], size, nodes, told)
     # What is left of the data turns y by `bend`, to first order; with |bend|^2 the next one is in.
     turned_by = _flat(bend).norm(dim=1)
     noise_end = tail.abs() + (_flat(bend * at_noise).sum(1)).abs() + turned_by * (2 + turned_by)
@@ -328,17 +338,20 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(len(x), math.prod(x.shape[1:]))
 
 
-def _tail(final: Tensor, size: int, left: float) -> Tensor:
-    """The integral of the trace beyond the last node, [b].
+def _tail(trace: Tensor, size: int, nodes: Nodes, told: int) -> Tensor:
+    """The integral of the trace beyond the last node k, [b].
 
     Of Gaussian data, whose tr dx0/dx' = D v/(v + k^2) there, it is
 
         D int_k^inf (v/(v + k^2) - c^2/(c^2 + k^2)) dlog k = D/2 log((1 + v/k^2)/(1 + c^2/k^2)).
 
     Args:
-        final: the trace at the last node, D (v/(v + k^2) - c^2/(c^2 + k^2)), [b].
+        trace: at the node that tells v, D (v/(v + k^2) - c^2/(c^2 + k^2)), [b].
         size: D.
-        left: c^2/(c^2 + k^2) there.
+        nodes, told: the nodes, and which one that is.
     """
-    share = (final / (size * (1 - left))).clamp(-left / (1 - left), _MOST_LEFT)
-    return -size / 2 * torch.log1p(-share)
+    before, last = (float((nodes.c / nodes.k[n]) ** 2) for n in (told, -1))
+    share = (trace / size + before / (1 + before)).clamp(0, _MOST_LEFT)
+    variance = share / (1 - share) * (last / before)  # in units of the last k^2
+    tail: Tensor = size / 2 * (torch.log1p(variance) - math.log1p(last))
+    return tail
