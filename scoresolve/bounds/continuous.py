@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scoresolve.bounds.estimator import Estimator, Levels, VariationalBound, clock, clock_time
+from scoresolve.bounds.estimator import MOST, Estimator, Levels, VariationalBound, clock, clock_time
 from scoresolve.errors import ArgumentError, GridError, whole_number
 from scoresolve.grid import Grid
 from scoresolve.models import Model
@@ -130,7 +130,7 @@ def continuous_bound(
         raise ArgumentError(
             f"the proposal covers other times than [{first:g}, {last:g}]: fit it to those"
         )
-    count = whole_number("nodes", nodes)
+    count = whole_number("nodes", nodes, 1, MOST)
 
     def evaluate(draw: int) -> tuple[Tensor, Tensor]:
         z, start = run.normals(draw, count + 1), run.offset(draw)
@@ -190,7 +190,7 @@ def fit_times(
     """
     run = Estimator(score, sde, x, None, draws, True, as_noise(None, seed), cond)
     first, last = _ends(sde, t_start, t_end)
-    count = whole_number("intervals", intervals)
+    count = whole_number("intervals", intervals, 1, MOST)
     host: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
     edges = torch.linspace(clock(sde, last), clock(sde, first), count + 1, **host)
     even = TimeProposal((float(edges[0]), float(edges[-1])), (1.0,))

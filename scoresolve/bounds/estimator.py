@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from scipy.special import gammaincinv
@@ -26,9 +26,12 @@ from scoresolve.noise import NoiseSource, Purpose
 from scoresolve.plans import check_state
 from scoresolve.sde import GaussianSDE, expand
 
-__all__ = ["Estimator", "Levels", "VariationalBound", "clock", "clock_time"]
+__all__ = ["MOST", "Estimator", "Levels", "VariationalBound", "clock", "clock_time"]
 
 Levels = Sequence[float] | Tensor
+
+MOST: Final = 10**6
+"""Draws, steps or nodes at most, so that a slip does not run for ever."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ class Estimator:
             raise ArgumentError(f"{sde} has no alpha and sigma: give a Gaussian process")
         check_state(x)
         self.model, self.sde, self.state, self.cond = as_model(score, sde), sde, x, cond
-        self.draws, self.stratified = whole_number("draws", draws), stratified
+        self.draws, self.stratified = whole_number("draws", draws, 1, MOST), stratified
         self.noise, self.calls, self.dimension = noise, 0, math.prod(x.shape[1:])
         self.x = x.reshape(len(x), -1).double()
         self.levels = (

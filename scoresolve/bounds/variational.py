@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from scoresolve.bounds.estimator import Estimator, Levels, VariationalBound, clock, clock_time
+from scoresolve.bounds.estimator import MOST, Estimator, Levels, VariationalBound, clock, clock_time
 from scoresolve.errors import ArgumentError, GridError, known_name, real_number, whole_number
 from scoresolve.grid import Grid, as_grid
 from scoresolve.models import Model
@@ -133,7 +133,7 @@ def _chain(
     elif float(sde.sigma(sde.t_min)) == 0:
         raise GridError(f"sigma vanishes at t_min = {sde.t_min:g}: give a grid that starts later")
     else:
-        count = whole_number("steps", 100 if steps is None else steps)
+        count = whole_number("steps", 100 if steps is None else steps, 1, MOST)
         ends = clock(sde, sde.t_min), clock(sde, sde.T)
         q = torch.linspace(*ends, count + 1, dtype=torch.float64, device="cpu")
         return [sde.t_min, *clock_time(sde, q[1:-1]).tolist(), sde.T]

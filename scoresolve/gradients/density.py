@@ -33,6 +33,9 @@ from scoresolve.solvers import Solver, get_solver
 
 __all__ = ["differentiable_log_likelihood"]
 
+MOST_STEPS = 10**6
+MOST_PROBES = 10_000
+
 Times = Grid | Sequence[float] | Tensor
 
 
@@ -90,13 +93,13 @@ def differentiable_log_likelihood(
     check_state(x)
     if grid is None:
         name = "karras" if isinstance(sde, VE | EDM) else "quadratic"
-        times = make_grid(name, sde, whole_number("steps", steps), sde.t_min, sde.T)
+        times = make_grid(name, sde, whole_number("steps", steps, 1, MOST_STEPS), sde.t_min, sde.T)
     else:
         times = as_grid(grid)
     times.check(sde)
     if times.times[0] > times.times[-1]:
         raise GridError("the times fall: a likelihood follows data to noise, give increasing times")
-    count = None if probes is None else whole_number("probes", probes)
+    count = None if probes is None else whole_number("probes", probes, 1, MOST_PROBES)
     warn_of_dropout(score)
     flow = _DensityFlow(as_model(score, sde), sde, x, count, Philox(seed), cond)
     solver = get_solver("rk4_flow")

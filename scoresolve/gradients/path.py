@@ -96,7 +96,7 @@ class Path:
                 f"{self.plan.solver!r} draws noise, and {mode!r} needs a deterministic solver: "
                 "take one, or mode='checkpoint'"
             )
-        return self.without_memory(x, mode, whole_number("refine", refine))
+        return self.without_memory(x, mode, whole_number("refine", refine, 1, 10**4))
 
     def advance(self, stages: Iterable[Stage], held: dict[int, Tensor]) -> None:
         """Run `stages` on the registers `held`, which they add to."""

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from scoresolve.divergence import Differentiator
 from scoresolve.driving import Engine, Part
-from scoresolve.errors import ModelWarning, row_status
+from scoresolve.errors import ModelWarning, Status, row_status
 from scoresolve.likelihood.nodes import Nodes, allocate, place_nodes
 from scoresolve.likelihood.path import Field, Walk, block_count, walk
 from scoresolve.models import Model, scale_of_data
@@ -44,6 +44,7 @@ Where probes blur the result anyway it may be 250/cost, but at most 1.
 """
 
 LEVELS: Final = 5  # of twice as many nodes, the first included
+_LOST: Final = 1.0  # nats that the path of a row may be off which the most nodes are too few for
 LEAST_NODES: Final = 16
 _FIRST_PASS: Final = 0.94  # of the cost; the rest is for rows that are taken up again
 
@@ -207,7 +208,7 @@ class PathEngine(Engine):
         work = torch.promote_types(x.dtype, torch.float32)
         states = size if self.to_noise else 2 * size
         result = x.new_zeros(len(x), states + len(COLUMNS), dtype=work)
-        todo = rows
+        todo, lost = rows, torch.zeros(len(x), dtype=torch.bool, device=x.device)
         for level in range(LEVELS):
             if level not in self.levels:
                 self.levels[level] = self._level(len(self.times) << level)
@@ -225,12 +226,15 @@ class PathEngine(Engine):
                 tolerance=math.inf if final else self.move,
             )
             self._write(result, found, x, nodes, size, first)
+            lost[found.rows - first] = (found.worst > self.move) & (found.path > _LOST)
             todo = found.dropped.sort().values
             if not len(todo):
                 break
         bar.update()
         evaluations = field.forwards[rows] - before
-        return Part(result, row_status(result), field.calls - calls, evaluations)
+        status = row_status(result)
+        status[lost & (status == int(Status.OK))] = int(Status.STEP_LIMIT)
+        return Part(result, status, field.calls - calls, evaluations)
 
     def _write(
         self, result: Tensor, found: Walk, x: Tensor, nodes: Nodes, size: int, first: int

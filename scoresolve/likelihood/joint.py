@@ -32,7 +32,7 @@ from scoresolve.driving import (
     drive,
     split_cond,
 )
-from scoresolve.errors import ArgumentError, GridError, check_output
+from scoresolve.errors import ArgumentError, GridError, Status, check_output, whole_number
 from scoresolve.grid import Grid, as_grid
 from scoresolve.likelihood.result import Likelihood
 from scoresolve.models import Model
@@ -52,6 +52,7 @@ __all__ = [
 ]
 
 DEFAULT_NFE = 100
+MOST_STEPS = 10**6
 
 
 class JointFlow(Model):
@@ -205,16 +206,18 @@ def solve_joint(
     if flow.probe_count:
         error = probe_error(integrals) if flow.probe_count > 1 else error
         error = torch.where(flow.alike, torch.nan, error)
+    log_prob = known + log_det  # of a latent beyond all bounds it is -inf
+    ok = run.ok & log_prob.isfinite()
     return Likelihood(
-        log_prob=torch.where(run.ok, known + log_det, torch.nan),
-        standard_error=torch.where(run.ok, error, torch.nan),
+        log_prob=torch.where(ok, log_prob, torch.nan),
+        standard_error=torch.where(ok, error, torch.nan),
         latent=end if to_noise else x,
-        status=run.status,
+        status=torch.where(run.ok & ~ok, int(Status.NONFINITE), run.status),
         nfe=run.nfe,
         forwards=flow.forwards,
         products=flow.forwards * (flow.probe_count or flow.size),
         x=x if to_noise else end,
-        log_det=torch.where(run.ok, log_det, torch.nan),
+        log_det=torch.where(ok, log_det, torch.nan),
     )
 
 
@@ -239,8 +242,16 @@ def joint_engine(
         raise ArgumentError(
             f"{solver.name!r} draws noise: a likelihood needs a deterministic solver"
         )
+    for name, value in {"steps": steps, "nfe": nfe}.items():
+        if value is not None:
+            whole_number(name, value, 1, MOST_STEPS)
     if isinstance(solver, Integrator):
         refuse(solver, steps=steps, nfe=nfe, grid=grid)
+        if not {None, "time"} & {getattr(solver, "coordinates", None)}:
+            raise ArgumentError(
+                f"{solver.name!r} steps in {solver.coordinates} coordinates, not in x itself, so "  # type: ignore[attr-defined]
+                "it cannot carry the divergence: take another adaptive solver, such as 'dopri5'"
+            )
         times = Grid((start, end))
     elif grid is None or isinstance(grid, str):
         name = grid or ("karras" if isinstance(sde, VE | EDM) else "quadratic")

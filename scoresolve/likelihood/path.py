@@ -128,6 +128,7 @@ class Walk:
         error: its standard error, [b].
         coarse: the same integral by every second node, [b].
         path: estimated error of the path in nats, [b].
+        worst: the largest move of a corrector, in units of the noise there, [b].
         data_end, noise_end: size in nats of what is made of the noise below the first node, and
             of the data left in the last one, [b].
         dropped: places of the rows that the nodes are too few for.
@@ -141,6 +142,7 @@ class Walk:
     error: Tensor
     coarse: Tensor
     path: Tensor
+    worst: Tensor
     data_end: Tensor
     noise_end: Tensor
     dropped: Tensor
@@ -184,6 +186,7 @@ def walk(
         "last": y.clone(),
         "bend": torch.zeros_like(y),
         "path": y.new_zeros(len(y)),
+        "worst": y.new_zeros(len(y)),
         "first": y.new_zeros(len(y)),
         "final": y.new_zeros(len(y)),
     }
@@ -238,6 +241,7 @@ def walk(
             y = y + ahead(here)
             change = y - predicted
             move = _flat(change).norm(dim=1) * (size_y / k)
+            state["worst"] = torch.maximum(state["worst"], move)
             state["path"] = state["path"] + (_flat(pull * change).sum(1).abs() * (size_y / k) ** 2)
         at = here
         if observe is not None:
@@ -278,6 +282,7 @@ def walk(
         error=_standard_error(sums[:, :, 0] - sums[:, :, -1]),
         coarse=state["coarse"] + tail,
         path=state["path"],
+        worst=state["worst"],
         data_end=state["first"].abs() / 2 + size * below**2,
         noise_end=noise_end,
         dropped=torch.cat(dropped) if dropped else rows[:0],
