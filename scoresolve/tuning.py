@@ -267,10 +267,12 @@ def _variance(answer: float, level: float) -> float:
 
 def _mismatch(asked: _Answers, sde: GaussianSDE) -> PriorMismatch:
     (level,), ((found,), square) = asked.levels, asked.products()
+    alpha, sigma = float(sde.alpha(sde.T)), float(sde.sigma(sde.T))
+    if alpha == 0:
+        return PriorMismatch(0.0, sigma / sde.prior_std, math.prod(asked.z.shape[1:]))
     variance = _variance(level * found / 2 / square, level)
     middle = asked.x0.double().mean((0, 1, 2))  # (1 - share) E[x0] of a Gaussian
     share = variance / (variance + level**2)
-    alpha, sigma = float(sde.alpha(sde.T)), float(sde.sigma(sde.T))
     mean = float(middle.square().mean().sqrt()) / abs(1 - share) if share != 1 else math.inf
     spread = alpha**2 * variance + sigma**2
     std = math.sqrt(spread) if 0 < spread < math.inf else math.inf

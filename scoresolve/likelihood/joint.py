@@ -100,9 +100,9 @@ class JointFlow(Model):
         """Take up the chunk `state` of the batch's `rows`, which draw from `source`."""
         x = self.latent(state)
         draws = [source.signs(x, draw, Purpose.PROBE) for draw in range(self.probe_count)]
-        self.probes = torch.stack(draws) if draws else None
-        if draws:  # probes that differ by a sign alone take the same products
-            signs = (self.probes * self.probes[0]).reshape(len(draws), len(x), self.size)
+        self.probes = probes = torch.stack(draws) if draws else None
+        if probes is not None:  # probes that differ by a sign alone take the same products
+            signs = (probes * probes[0]).reshape(len(draws), len(x), self.size)
             self.alike[rows] = (signs == signs[:, :, :1]).all(2).all(0) & (self.size > 1)
         self.first, self.calls = rows[:1], 0
 

@@ -137,8 +137,8 @@ def log_likelihood(
         cost: with "auto", about how many evaluations and products each sample may cost, from 64
             to 100000; 200 if omitted.
         steps: number of grid steps of a fixed-grid solver; or
-        nfe: nodes of "auto", from 4 to 2500, or at most so many network calls of a fixed-grid solver (if neither
-            is given, 100); or
+        nfe: nodes of "auto", from 4 to 2500, or at most so many network calls of a fixed-grid
+            solver (if neither is given, 100); or
         grid: a `Grid` or increasing times, for a fixed-grid solver. A name of `GRIDS` goes with
             `steps` or `nfe`; omitted it is "karras" for `VE` and `EDM`, else "quadratic".
         t_start: time of the data. If omitted `sde.t_min`, but at most 1e-5 T for `VP`, `SubVP`,
