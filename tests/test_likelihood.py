@@ -195,11 +195,11 @@ def test_standard_error_is_calibrated(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("sde", [VP(), EDM()], ids=named)
 @pytest.mark.parametrize("count", [2, 3, 4, 8, 16])
-@pytest.mark.parametrize("size", [16, 40])
+@pytest.mark.parametrize("size", [16, 24])
 def test_few_probes_know_their_error(sde: GaussianSDE, count: int, size: int) -> None:
-    mix, rows = random_mixture(size, 4, spread=1.0, seed=3), 300
+    mix, rows = random_mixture(size, 4, spread=1.0, seed=3), 200
     x, model = mix.sample(rows), mix.score_model(sde)
-    options: dict[str, Any] = {"solver": "rk4_flow", "steps": 6}
+    options: dict[str, Any] = {"solver": "rk4_flow", "steps": 4}
     exact = log_likelihood(model, sde, x, trace="exact", **options)
     found = log_likelihood(model, sde, x, trace="hutchinson", probes=count, **options)
     z = ((found.log_prob - exact.log_prob) / found.standard_error).abs()
