@@ -12,6 +12,7 @@ one, or forward mode. The field must treat the rows of the batch independently.
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -37,6 +38,7 @@ __all__ = [
     "hutchinson",
     "velocity_parts",
     "walsh_signs",
+    "watched",
 ]
 
 Field = Callable[[Tensor], Tensor]
@@ -185,6 +187,37 @@ def check_constant(fn: Field, x: Tensor, value: Tensor) -> None:
         )
 
 
+def watched(model: Model, differentiator: Differentiator) -> Model:
+    """A model whose network, if it is inside of another model, is seen to have a gradient.
+
+    Terms in x that the outer model adds, as one of another process does, would hide that it has
+    none.
+
+    Args:
+        model: any; one that is itself made of a network is returned as it is.
+        differentiator: it watches.
+    """
+    inner = getattr(model, "model", None)
+    if not isinstance(inner, Model):
+        return model
+    outer = copy.copy(model)
+    twin: Any = watched(inner, differentiator)
+    if isinstance(inner, NetworkModel):
+        twin = copy.copy(inner)
+        name = "net" if inner.bind("x0")[1] is inner.net else "native"
+        call: Callable[..., Tensor] = getattr(inner, name)
+
+        def seen(x: Tensor, t: TimeLike, **cond: Any) -> Tensor:
+            m = call(x.clone(), t, **cond)
+            if isinstance(m, Tensor):
+                differentiator.watch(lambda y: call(y, t, **cond), x, m)
+            return m
+
+        setattr(twin, name, seen)
+    outer.model = twin  # type: ignore[attr-defined]
+    return outer
+
+
 def full_precision(x: Tensor) -> AbstractContextManager[Any]:
     """A block in which autocast leaves the arithmetic on the device of `x` alone.
 
@@ -287,7 +320,7 @@ def velocity_parts(
             return sde.probability_flow_drift(y, t, lambda *_: score)
 
         return x.new_zeros(len(x)), x.new_ones(len(x)), flow
-    prediction, network = model.bind("flow")
+    prediction, network = watched(model, differentiator).bind("flow")
     parts = conversion(prediction, "flow", sde.point(as_time(t, x)))
     u, w = (torch.as_tensor(c).expand(len(x)).to(x) for c in parts)
     return u, w, network

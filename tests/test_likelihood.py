@@ -31,7 +31,7 @@ from scoresolve.errors import (
     Status,
 )
 from scoresolve.likelihood import Likelihood, log_likelihood, verbs
-from scoresolve.models import from_denoiser, from_energy, from_flow
+from scoresolve.models import from_denoiser, from_energy, from_eps, from_flow
 from scoresolve.noise import Philox, Purpose
 from scoresolve.plans import Linear, Run
 from scoresolve.sde import (
@@ -491,6 +491,30 @@ def test_a_network_without_a_gradient_has_no_likelihood(
         torch.testing.assert_close(
             log_likelihood(hidden, sde, x, **options).log_prob, attached.log_prob
         )
+
+
+@pytest.mark.parametrize("mode", ["auto", "reverse", "forward"])
+@pytest.mark.parametrize("solver", ["auto", "euler_flow"])
+def test_a_model_of_another_process_does_not_hide_that_its_network_has_no_gradient(
+    solver: str, mode: str
+) -> None:
+    x = normal(generator(0), 3, 2)
+    options: dict[str, Any] = {"solver": solver, "mode": mode}
+    home = gaussian([0.0, 0.0], 0.5).score_model(VP())
+
+    def eps(x: Tensor, t: Tensor) -> Tensor:
+        return home.predict("eps", x, t)
+
+    expected = log_likelihood(from_eps(eps, VP()), EDM(), x, **options).log_prob
+    hidden = from_eps(torch.no_grad()(eps), VP())
+    if mode != "reverse":
+        found = log_likelihood(hidden, EDM(), x, **options).log_prob
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    else:
+        with pytest.raises(ArgumentError, match="no gradient"):
+            log_likelihood(hidden, EDM(), x, **options)
+    with pytest.raises(ArgumentError, match="no gradient"):
+        log_likelihood(from_eps(lambda x, t: eps(x.detach(), t), VP()), EDM(), x, **options)
 
 
 @pytest.mark.parametrize("mode", ["auto", "reverse", "forward"])

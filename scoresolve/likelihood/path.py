@@ -25,7 +25,13 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from scoresolve.divergence import Differentiator, exact_divergence, hutchinson, walsh_signs
+from scoresolve.divergence import (
+    Differentiator,
+    exact_divergence,
+    hutchinson,
+    walsh_signs,
+    watched,
+)
 from scoresolve.driving import split_cond
 from scoresolve.errors import check_output
 from scoresolve.likelihood.nodes import ORDER, Nodes
@@ -64,7 +70,7 @@ class Field:
         differentiator: Differentiator,
         device: torch.device,
     ) -> None:
-        self.prediction, self.network = model.bind("x0")
+        self.prediction, self.network = watched(model, differentiator).bind("x0")
         self.sde, self.cond, self.batch, self.differentiator = sde, cond, batch, differentiator
         self.calls = 0
         self.forwards = torch.zeros(batch, dtype=torch.int64, device=device)
