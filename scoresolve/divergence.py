@@ -12,27 +12,33 @@ one, or forward mode. The field must treat the rows of the batch independently.
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from scoresolve.errors import ShapeError, check_output, known_name
-from scoresolve.models import Model, conversion
+from scoresolve.errors import ArgumentError, ShapeError, check_output, known_name
+from scoresolve.models import Model, NetworkModel, conversion
 from scoresolve.plans import check_state
 from scoresolve.sde import SDE, GaussianSDE, TimeLike, as_time
 
 __all__ = [
     "MODES",
     "Differentiator",
+    "check_constant",
     "exact_divergence",
+    "full_precision",
     "hutchinson",
     "velocity_parts",
     "walsh_signs",
+    "watched",
 ]
 
 Field = Callable[[Tensor], Tensor]
@@ -48,14 +54,11 @@ class Differentiator:
 
     Reverse mode gives J^T z, forward mode J z; for z^T J z either will do. Reverse mode costs about
     one evaluation a product, and memory for the graph. Forward mode keeps no graph and also sees
-    through a network that runs under `torch.no_grad`.
+    through a network that runs under `torch.no_grad`. The field may write into what it is given.
 
     Args:
         mode: "reverse", "forward", or "auto": reverse, batched if the network's backward passes
             can be, and forward for a network whose output has no gradient.
-
-    Attributes:
-        blind: whether no way has found any dependence on x, so that products were 0.
 
     Raises:
         UnknownNameError: another mode.
@@ -63,39 +66,73 @@ class Differentiator:
 
     def __init__(self, mode: str = "auto") -> None:
         self.mode, self.batched = known_name("mode", mode, MODES), True
-        self.blind = self._seen = False
+        self._watched = False
 
     def __call__(self, fn: Field, x: Tensor) -> tuple[Tensor, Field]:
-        """The field's value at `x`, and the map from vectors [n, *x.shape] to their products."""
+        """The field's value at `x`, and the map from vectors [n, *x.shape] to their products.
+
+        Raises:
+            ArgumentError: the field depends on `x`, and yet has no gradient. That of a field that
+                is constant is 0.
+        """
         check_state(x)
         if self.mode == "forward":
             return self._forward(fn, x)
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
-            value = fn(leaf)
+            value = fn(leaf.clone())  # autograd lets nobody write into a leaf
+        if self.mode == "forward":  # as `watch` found
+            return self._forward(fn, x)
         check_output(value, x)
-        if not value.requires_grad:
-            found, products = self._forward(fn, x) if self.mode == "auto" else (value, None)
-            if products is None or self.blind:
-                self.blind, self.mode = True, "reverse"
-                return value.detach(), torch.zeros_like
-            self.mode = "forward"
-            return found, products
-        return value.detach(), lambda vectors: self._pull_back(value, leaf, vectors)
-
-    def _pull_back(self, value: Tensor, leaf: Tensor, vectors: Tensor) -> Tensor:
-        def gradient(vector: Tensor, batched: bool) -> Tensor:
-            (product,) = torch.autograd.grad(
-                value,
-                leaf,
-                vector.to(value.dtype),
-                retain_graph=True,
-                allow_unused=True,
-                is_grads_batched=batched,
+        if value.requires_grad:
+            return value.detach(), partial(
+                self._pull_back, functools.cache(partial(check_constant, fn, x, value)), value, leaf
             )
-            self._seen |= product is not None
-            self.blind = not self._seen  # parameters alone give an output a gradient
-            return torch.zeros_like(vector) if product is None else product
+        if self.mode == "auto":
+            return self._forward(fn, x)
+        check_constant(fn, x, value)
+        return value, torch.zeros_like
+
+    def watch(self, network: Field, y: Tensor, m: Tensor) -> None:
+        """Make sure, the first time, that `network`, of value `m` at `y`, is differentiated.
+
+        Its field may add terms of its own, whose gradient would hide that it has none.
+
+        Raises:
+            ArgumentError: as for a call.
+        """
+        if self._watched:
+            return
+        self._watched = True
+        if forward_ad.unpack_dual(m).tangent is not None:  # type: ignore[no-untyped-call]
+            return
+        if m.requires_grad and y.requires_grad:
+            with full_precision(y):
+                (found,) = torch.autograd.grad(m.sum(), y, retain_graph=True, allow_unused=True)
+            if found is not None:
+                return
+        elif self.mode == "auto" and y.requires_grad:
+            self.mode, self._watched = "forward", False
+            return
+        check_constant(network, y, m)
+
+    def _pull_back(
+        self, constant: Callable[[], None], value: Tensor, leaf: Tensor, vectors: Tensor
+    ) -> Tensor:
+        def gradient(vector: Tensor, batched: bool) -> Tensor:
+            with full_precision(leaf):
+                (product,) = torch.autograd.grad(
+                    value,
+                    leaf,
+                    vector.to(value.dtype),
+                    retain_graph=True,
+                    allow_unused=True,
+                    is_grads_batched=batched,
+                )
+            if product is None:  # parameters alone give an output a gradient
+                constant()
+                return torch.zeros_like(vector)
+            return product
 
         if self.batched and len(vectors) > 1:
             try:
@@ -107,7 +144,7 @@ class Differentiator:
     def _forward(self, fn: Field, x: Tensor) -> tuple[Tensor, Field]:
         def push(vector: Tensor) -> tuple[Tensor, Tensor | None]:
             with torch.no_grad(), forward_ad.dual_level():
-                dual = fn(forward_ad.make_dual(x.detach(), vector))  # type: ignore[no-untyped-call]
+                dual = fn(forward_ad.make_dual(x.detach().clone(), vector))  # type: ignore[no-untyped-call]
                 check_output(dual, x)
                 value, tangent = forward_ad.unpack_dual(dual)  # type: ignore[no-untyped-call]
             return value, tangent
@@ -122,8 +159,73 @@ class Differentiator:
             )
 
         value, tangent = push(torch.ones_like(x))
-        self.blind = tangent is None
+        if tangent is None:
+            check_constant(fn, x, value)
+            return value, torch.zeros_like
+        self.mode = "forward"
         return value, products
+
+
+def check_constant(fn: Field, x: Tensor, value: Tensor) -> None:
+    """Raise `ArgumentError` unless a field that has no gradient is constant, as that would mean.
+
+    Args:
+        fn: the field.
+        x: where its gradient is missing, [B, *event].
+        value: of the field there.
+    """
+    with torch.no_grad():
+        at, size = x.detach(), math.prod(x.shape[1:])
+        ramp = torch.linspace(1, 2, size, dtype=x.dtype, device=x.device).reshape(x.shape[1:])
+        other = fn(at + ramp * (1 + at.abs()))  # elements move apart, so that nothing cancels
+        same = torch.equal(other.nan_to_num(), value.detach().nan_to_num())
+    if not same:
+        raise ArgumentError(
+            "the model's output depends on x but has no gradient with respect to it, so its "
+            "divergence is not to be had: if the network detaches x or runs under "
+            "torch.no_grad, undo that"
+        )
+
+
+def watched(model: Model, differentiator: Differentiator) -> Model:
+    """A model whose network, if it is inside of another model, is seen to have a gradient.
+
+    Terms in x that the outer model adds, as one of another process does, would hide that it has
+    none.
+
+    Args:
+        model: any; one that is itself made of a network is returned as it is.
+        differentiator: it watches.
+    """
+    inner = getattr(model, "model", None)
+    if not isinstance(inner, Model):
+        return model
+    outer = copy.copy(model)
+    twin: Any = watched(inner, differentiator)
+    if isinstance(inner, NetworkModel):
+        twin = copy.copy(inner)
+        name = "net" if inner.bind("x0")[1] is inner.net else "native"
+        call: Callable[..., Tensor] = getattr(inner, name)
+
+        def seen(x: Tensor, t: TimeLike, **cond: Any) -> Tensor:
+            m = call(x.clone(), t, **cond)
+            if isinstance(m, Tensor):
+                differentiator.watch(lambda y: call(y, t, **cond), x, m)
+            return m
+
+        setattr(twin, name, seen)
+    outer.model = twin  # type: ignore[attr-defined]
+    return outer
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[Any]:
+    """A block in which autocast leaves the arithmetic on the device of `x` alone.
+
+    A backward pass runs in the precision of the forward pass only outside of autocast.
+    """
+    kind = x.device.type
+    enabled = torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if enabled else nullcontext()
 
 
 def exact_divergence(
@@ -140,7 +242,7 @@ def exact_divergence(
         The value [B, *event] and the divergence [B], both without history.
 
     Raises:
-        ArgumentError: `x` is not floating point.
+        ArgumentError: `x` is not floating point, or `fn` depends on it without a gradient.
         ShapeError: `x` has no batch axis, or `fn` returns another shape.
 
     Source:
@@ -173,7 +275,7 @@ def hutchinson(
         The value [B, *event] and the terms [K, B, D], both without history.
 
     Raises:
-        ArgumentError: `x` is not floating point.
+        ArgumentError: `x` is not floating point, or `fn` depends on it without a gradient.
         ShapeError: `x` has no batch axis, `probes` does not fit, or `fn` returns another shape.
 
     Source:
@@ -190,7 +292,7 @@ def hutchinson(
 
 
 def velocity_parts(
-    model: Model, sde: SDE, x: Tensor, t: TimeLike
+    model: Model, sde: SDE, x: Tensor, t: TimeLike, differentiator: Differentiator
 ) -> tuple[Tensor, Tensor, Callable[..., Tensor]]:
     """u, w [B] and the network m of the velocity v = u x + w m(x, t), where only m is unknown.
 
@@ -201,10 +303,24 @@ def velocity_parts(
         sde: the process.
         x: [B, *event].
         t: [] or [B].
+        differentiator: what will differentiate m; it watches that the network has a gradient,
+            where the drift of the process would hide that it has none.
     """
     if not isinstance(sde, GaussianSDE):
-        return x.new_zeros(len(x)), x.new_ones(len(x)), partial(model.predict, "flow")
-    prediction, network = model.bind("flow")
+
+        def flow(y: Tensor, t: TimeLike, **cond: Any) -> Tensor:
+            if not isinstance(model, NetworkModel):
+                return model.predict("flow", y, t, **cond)
+
+            def network(state: Tensor) -> Tensor:
+                return model.native(state, t, **cond)
+
+            score = network(y.clone())
+            differentiator.watch(network, y, score)
+            return sde.probability_flow_drift(y, t, lambda *_: score)
+
+        return x.new_zeros(len(x)), x.new_ones(len(x)), flow
+    prediction, network = watched(model, differentiator).bind("flow")
     parts = conversion(prediction, "flow", sde.point(as_time(t, x)))
     u, w = (torch.as_tensor(c).expand(len(x)).to(x) for c in parts)
     return u, w, network

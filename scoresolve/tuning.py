@@ -13,19 +13,34 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from scoresolve.driving import device_of
-from scoresolve.errors import ArgumentError, ModelWarning, ScoresolveError, whole_number
+from scoresolve.errors import (
+    ArgumentError,
+    ModelWarning,
+    ScoresolveError,
+    ShapeError,
+    whole_number,
+)
 from scoresolve.models import Model, as_model, scale_of_data
 from scoresolve.noise import Philox, Purpose
 from scoresolve.sde import GaussianSDE
 from scoresolve.solvers.adaptive.drift import rounded_inside
 
-__all__ = ["LEAST_BUDGET", "measure_scale", "scale_within"]
+__all__ = [
+    "LEAST_BUDGET",
+    "PriorMismatch",
+    "measure_scale",
+    "measure_scale_and_mismatch",
+    "measured_or_none",
+    "prior_mismatch",
+    "scale_within",
+]
 
 LEVELS = (4.0, 16.0, 64.0)
 """Levels of sigma/alpha asked; the first that is six times the standard deviation found counts."""
@@ -33,7 +48,13 @@ LEVELS = (4.0, 16.0, 64.0)
 LEAST_BUDGET: Final = 6
 """Calls from which on it pays to spend one of them on the scale, see docs/choosing.md."""
 
+MISMATCH: Final = 1e-3
+"""Divergence in nats an element from which on a prior counts as another law than that at T."""
+
+MOST_PAIRS: Final = 2**16
+
 _NUMBERS: Final = 4096
+_FARTHEST: Final = 700.0  # log-SNR of the last time where alpha does not vanish in float64
 
 
 def measure_scale(
@@ -54,8 +75,8 @@ def measure_scale(
             times differ.
         sde: its process; it must be Gaussian.
         event: shape of one sample.
-        pairs: pairs of opposite states at each of three levels, >= 1; if omitted, as many as
-            hold 4096 numbers, but at most 64. The estimate's relative error is about
+        pairs: pairs of opposite states at each of three levels, from 1 to 65536; if omitted, as
+            many as hold 4096 numbers, but at most 64. The estimate's relative error is about
             (pairs * D)^(-1/2) for data with many directions.
         seed: of the states.
         dtype, device: of the states; the default dtype and the network's device.
@@ -67,16 +88,151 @@ def measure_scale(
     Raises:
         ArgumentError: the process is not Gaussian, or the answer is no positive variance, as
             from a model that is wrong at those levels.
+        ShapeError: an event of no elements.
     """
+    return _scale(_ask(score, sde, event, LEVELS, pairs, seed, dtype, device, cond))
+
+
+@dataclass(frozen=True)
+class PriorMismatch:
+    """How far the law of a model's states at T is from the prior, taking it for Gaussian.
+
+    Attributes:
+        mean: E[x_T] in units of the prior's standard deviation, root mean square over the event.
+        std: standard deviation of x_T per coordinate in those units; 1 where no data are left.
+        dimension: D, the number of event elements.
+    """
+
+    mean: float
+    std: float
+    dimension: int
+
+    @property
+    def per_element(self) -> float:
+        """KL(law at T || prior) / D in nats, >= 0; inf where `std` is no finite number."""
+        if not math.isfinite(self.mean + self.std):
+            return math.inf
+        ratio = self.std**2
+        return (self.mean**2 + ratio - 1 - math.log(ratio)) / 2
+
+    @property
+    def matters(self) -> bool:
+        """Whether samples that start from the prior are off by more than a few per cent.
+
+        At 1e-3 nats an element a standard deviation at T is off by 3 %.
+        """
+        return self.per_element > MISMATCH
+
+
+def prior_mismatch(
+    score: Model | Callable[..., Tensor],
+    sde: GaussianSDE,
+    event: Sequence[int],
+    *,
+    pairs: int | None = None,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    **cond: Any,
+) -> PriorMismatch:
+    """How much of the data is left at T, where the prior takes it for noise; by one call.
+
+    Args:
+        score, sde, event, seed, dtype, device, cond: as in `measure_scale`.
+        pairs: pairs of opposite states at T, from 1 to 65536; the default of `measure_scale`.
+
+    Returns:
+        A `PriorMismatch`. Data that are no Gaussian are taken for one.
+
+    Raises:
+        ArgumentError: the process is not Gaussian.
+        ShapeError: an event of no elements.
+    """
+    asked = _ask(score, sde, event, (math.inf,), pairs, seed, dtype, device, cond)
+    return _mismatch(asked, sde)
+
+
+def measure_scale_and_mismatch(
+    score: Model | Callable[..., Tensor],
+    sde: GaussianSDE,
+    event: Sequence[int],
+    *,
+    pairs: int | None = None,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    **cond: Any,
+) -> tuple[float | None, PriorMismatch]:
+    """What `measure_scale` and `prior_mismatch` say, by one call on 8 * pairs states.
+
+    Args:
+        score, sde, event, pairs, seed, dtype, device, cond: as in `measure_scale`.
+
+    Returns:
+        The scale, None where there is no positive variance, and the mismatch.
+
+    Raises:
+        ArgumentError: the process is not Gaussian.
+        ShapeError: an event of no elements.
+    """
+    asked = _ask(score, sde, event, (*LEVELS, math.inf), pairs, seed, dtype, device, cond)
+    low = _Answers(asked.levels[:-1], asked.z, asked.x0[:-1])
+    last = _Answers(asked.levels[-1:], asked.z, asked.x0[-1:])
+    try:
+        scale: float | None = _scale(low)
+    except _NoScale:
+        scale = None
+    return scale, _mismatch(last, sde)
+
+
+class _NoScale(ArgumentError):
+    """A model's answers are those of no data."""
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """x0 [levels, 2, pairs, *event] at the states k z and -k z of noise levels k.
+
+    Attributes:
+        levels: sigma/alpha, lower than asked for if the process ends below.
+        z: standard normal noise, [pairs, *event].
+    """
+
+    levels: list[float]
+    z: Tensor
+    x0: Tensor
+
+    def products(self) -> tuple[list[float], float]:
+        """Means over pairs and elements of z (x0(k z) - x0(-k z)), for each level, and of z^2."""
+        found = (self.z * (self.x0[:, 0] - self.x0[:, 1])).double().flatten(1).mean(1)
+        return found.tolist(), float(self.z.double().square().mean())
+
+
+def _ask(
+    score: Model | Callable[..., Tensor],
+    sde: GaussianSDE,
+    event: Sequence[int],
+    levels: Sequence[float],
+    pairs: int | None,
+    seed: int,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    cond: dict[str, Any],
+) -> _Answers:
     if not isinstance(sde, GaussianSDE):
         raise ArgumentError(f"{sde} has no noise level sigma/alpha: the scale has no meaning there")
     size = math.prod(event)
-    wanted = min(64, math.ceil(_NUMBERS / size)) if pairs is None else whole_number("pairs", pairs)
+    if size < 1:
+        raise ShapeError(f"event = {tuple(event)}: give the shape of samples that hold elements")
+    wanted = min(64, math.ceil(_NUMBERS / size))
+    if pairs is not None:
+        wanted = whole_number("pairs", pairs, 1, MOST_PAIRS)
     factory = {"dtype": dtype, "device": device or device_of(score)}
     like = torch.empty((wanted, *event), **factory)  # type: ignore[arg-type]
     z = Philox(seed).normal(like, 0, Purpose.PROBE)
-    times = sde.time_from_log_snr(-2 * torch.tensor(LEVELS, dtype=torch.float64).log())
-    levels = (-sde.log_snr(times) / 2).exp().tolist()  # lower if the process ends below
+    log_snr = -2 * torch.tensor(levels, dtype=torch.float64, device="cpu").log()
+    times = sde.time_from_log_snr(log_snr.clamp(min=-_FARTHEST))
+    found = (-sde.log_snr(times) / 2).exp().tolist()
     states = [float(sde.sigma(t)) * sign * z for t in times for sign in (1, -1)]
     precision = torch.promote_types(z.dtype, torch.float32)
     asked = times.to(z.device, precision).clamp(*rounded_inside(sde.t_min, sde.T, precision))
@@ -84,20 +240,45 @@ def measure_scale(
         x0 = as_model(score, sde).predict(
             "x0", torch.cat(states), asked.repeat_interleave(2 * wanted), **cond
         )
-    opposite = x0.reshape(len(levels), 2, *z.shape)
-    found = (z * (opposite[:, 0] - opposite[:, 1])).double().flatten(1).mean(1).tolist()
+    return _Answers(found, z, x0.reshape(len(found), 2, *z.shape))
+
+
+def _scale(asked: _Answers) -> float:
+    levels, size = asked.levels, math.prod(asked.z.shape[1:])
+    found, square = asked.products()
     answers = [level * answer / 2 for level, answer in zip(levels, found, strict=True)]
     level, answer = next(
         ((k, v) for k, v in zip(levels, answers, strict=True) if 0 < 36 * v <= k**2),
-        (levels[-1], answers[-1]),
+        (levels[-1], answers[-1] / square),  # where data show the noise of z^2 would count
     )
-    variance = answer / (1 - answer / level**2)  # of a Gaussian, whose answer is v/(1 + v/k^2)
+    variance = _variance(answer, level)
     if not 0 < variance < math.inf:
-        raise ArgumentError(
+        raise _NoScale(
             f"the model's x0 at sigma/alpha = {level:.3g} gives the data a variance of "
             f"{variance:.3g}: check it with check_model, or give the scale"
         )
     return scale_of_data(math.sqrt(variance), size)
+
+
+def _variance(answer: float, level: float) -> float:
+    """v of a Gaussian, whose answer at noise level k is v/(1 + v/k^2)."""
+    return answer / (1 - answer / level**2) if answer != level**2 else math.inf
+
+
+def _mismatch(asked: _Answers, sde: GaussianSDE) -> PriorMismatch:
+    (level,), ((found,), square) = asked.levels, asked.products()
+    alpha, sigma = float(sde.alpha(sde.T)), float(sde.sigma(sde.T))
+    if alpha == 0:
+        return PriorMismatch(0.0, sigma / sde.prior_std, math.prod(asked.z.shape[1:]))
+    variance = _variance(level * found / 2 / square, level)
+    middle = asked.x0.double().mean((0, 1, 2))  # (1 - share) E[x0] of a Gaussian
+    share = variance / (variance + level**2)
+    mean = float(middle.square().mean().sqrt()) / abs(1 - share) if share != 1 else math.inf
+    spread = alpha**2 * variance + sigma**2
+    std = math.sqrt(spread) if 0 < spread < math.inf else math.inf
+    return PriorMismatch(
+        alpha * mean / sde.prior_std, std / sde.prior_std, math.prod(asked.z.shape[1:])
+    )
 
 
 def scale_within(
@@ -121,14 +302,46 @@ def scale_within(
     own = any(isinstance(value, Tensor) and value.ndim for value in cond.values())
     if model.data_scale is not None or own or nfe < LEAST_BUDGET:
         return model.data_scale, 0
+    return measured_or_none(model, sde, like, cond, stacklevel=4), 1
+
+
+def measured_or_none(
+    model: Model,
+    sde: GaussianSDE,
+    like: Tensor,
+    cond: dict[str, Any],
+    *,
+    pairs: int | None = None,
+    stacklevel: int = 3,
+) -> float | None:
+    """The measured scale, or None, with a warning, if it is not to be had.
+
+    That is where the answers are those of no data, and where a network refuses so many rows with a
+    RuntimeError, as one compiled for its batch or out of memory does. All else that a model raises
+    is its own affair and passes.
+
+    Args:
+        model, sde, like, cond: as in `scale_within`.
+        pairs: as in `measure_scale`.
+        stacklevel: of the warning.
+    """
     try:
         return measure_scale(
-            model, sde, like.shape[1:], dtype=like.dtype, device=like.device, **cond
-        ), 1
-    except (ScoresolveError, RuntimeError) as error:
-        warnings.warn(
-            f"the scale of the data could not be measured ({error}): set the model's data_scale",
-            ModelWarning,
-            stacklevel=3,
+            model,
+            sde,
+            like.shape[1:],
+            pairs=pairs,
+            dtype=like.dtype,
+            device=like.device,
+            **cond,
         )
-        return None, 1
+    except (_NoScale, RuntimeError) as error:
+        if isinstance(error, ScoresolveError) and not isinstance(error, _NoScale):
+            raise
+        why = f"{error}" if isinstance(error, _NoScale) else f"{type(error).__name__}: {error}"
+        warnings.warn(
+            f"the scale of the data could not be measured ({why}): set the model's data_scale",
+            ModelWarning,
+            stacklevel=stacklevel,
+        )
+        return None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from scoresolve.bounds.dequantisation import standard_error
-from scoresolve.bounds.estimator import VariationalBound
+from scoresolve.bounds.estimator import MOST, VariationalBound
 from scoresolve.chains import BinaryChain, Predictor
 from scoresolve.errors import whole_number
 from scoresolve.noise import Philox, Purpose
@@ -48,7 +48,7 @@ def binary_bound(
     noise, per_draw = Philox(seed), chain.T
     last = chain.marginal(x, chain.T)
     rows = []
-    for draw in range(whole_number("draws", draws)):
+    for draw in range(whole_number("draws", draws, 1, MOST)):
         terms = []
         for t in range(1, chain.T + 1):
             p = chain.marginal(x, t)

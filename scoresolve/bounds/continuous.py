@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scoresolve.bounds.estimator import Estimator, Levels, VariationalBound, clock, clock_time
+from scoresolve.bounds.estimator import MOST, Estimator, Levels, VariationalBound, clock, clock_time
 from scoresolve.errors import ArgumentError, GridError, whole_number
 from scoresolve.grid import Grid
 from scoresolve.models import Model
@@ -43,16 +43,22 @@ class TimeProposal:
     mass: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        edges, mass = torch.tensor(self.edges), torch.tensor(self.mass)
+        edges, mass = self._on_host()
         fits = len(edges) == len(mass) + 1 > 1 and bool((edges.diff() > 0).all())
         if not fits or bool((mass <= 0).any()) or abs(float(mass.sum()) - 1) > 1e-6:
             raise ArgumentError(
                 "a proposal needs M + 1 increasing edges and M positive masses of sum 1"
             )
 
+    def _on_host(self) -> tuple[Tensor, Tensor]:
+        edges, mass = (
+            torch.tensor(v, dtype=torch.float64, device="cpu") for v in (self.edges, self.mass)
+        )
+        return edges, mass
+
     def at(self, sde: GaussianSDE, u: Tensor) -> tuple[Tensor, Tensor]:
         """Time and weight dSNR/du at the quantile `u` in (0, 1), in float64 and its shape."""
-        edges, mass = (torch.tensor(v, dtype=torch.float64) for v in (self.edges, self.mass))
+        edges, mass = self._on_host()
         below = torch.cat([mass.new_zeros(1), mass.cumsum(0)[:-1]])
         cell = torch.searchsorted(below, u.double().contiguous(), right=True) - 1
         rate = (edges.diff() / mass)[cell]
@@ -124,7 +130,7 @@ def continuous_bound(
         raise ArgumentError(
             f"the proposal covers other times than [{first:g}, {last:g}]: fit it to those"
         )
-    count = whole_number("nodes", nodes)
+    count = whole_number("nodes", nodes, 1, MOST)
 
     def evaluate(draw: int) -> tuple[Tensor, Tensor]:
         z, start = run.normals(draw, count + 1), run.offset(draw)
@@ -137,7 +143,7 @@ def continuous_bound(
         if run.levels is None:
             closed = run.dimension * (0.5 + math.log(ratio) + math.log(2 * math.pi) / 2)
             return torch.stack(found, 1), torch.full_like(found[0], closed)
-        times = torch.full((len(x),), first, dtype=torch.float64)
+        times = torch.full((len(x),), first, dtype=torch.float64, device="cpu")
         seen = run.noised(times, z(count)).reshape(len(x), -1).double() / float(sde.alpha(first))
         logits = -(seen[..., None] - run.levels).square() / (2 * ratio**2)
         log_mass = logits.log_softmax(-1).gather(-1, run.place[..., None])
@@ -184,10 +190,11 @@ def fit_times(
     """
     run = Estimator(score, sde, x, None, draws, True, as_noise(None, seed), cond)
     first, last = _ends(sde, t_start, t_end)
-    count = whole_number("intervals", intervals)
-    edges = torch.linspace(clock(sde, last), clock(sde, first), count + 1, dtype=torch.float64)
+    count = whole_number("intervals", intervals, 1, MOST)
+    host: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+    edges = torch.linspace(clock(sde, last), clock(sde, first), count + 1, **host)
     even = TimeProposal((float(edges[0]), float(edges[-1])), (1.0,))
-    square = torch.zeros(count, dtype=torch.float64)
+    square = torch.zeros(count, **host)
     for draw in range(run.draws):
         z, start = run.normals(draw, count), run.offset(draw)
         for j in range(count):

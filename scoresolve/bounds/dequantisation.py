@@ -90,7 +90,7 @@ def dequantised_log_prob(
         (1509.00519), eq. 8 and theorem 1; Ho et al. 2019 (1902.00275), section 3.1.
     """
     check_state(x)
-    width, draws = real_number("width", width, above=0), whole_number("draws", draws)
+    width, draws = real_number("width", width, above=0), whole_number("draws", draws, 1, 2**16)
     source, dimension = as_noise(noise, seed), math.prod(x.shape[1:])
     takes_noise, found, errors = _takes_noise(log_density), [], []
     for draw in range(draws):

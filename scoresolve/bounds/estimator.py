@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from scipy.special import gammaincinv
@@ -26,9 +26,12 @@ from scoresolve.noise import NoiseSource, Purpose
 from scoresolve.plans import check_state
 from scoresolve.sde import GaussianSDE, expand
 
-__all__ = ["Estimator", "Levels", "VariationalBound", "clock", "clock_time"]
+__all__ = ["MOST", "Estimator", "Levels", "VariationalBound", "clock", "clock_time"]
 
 Levels = Sequence[float] | Tensor
+
+MOST: Final = 10**6
+"""Draws, steps or nodes at most, so that a slip does not run for ever."""
 
 
 @dataclass(frozen=True)
@@ -93,17 +96,19 @@ class Estimator:
             raise ArgumentError(f"{sde} has no alpha and sigma: give a Gaussian process")
         check_state(x)
         self.model, self.sde, self.state, self.cond = as_model(score, sde), sde, x, cond
-        self.draws, self.stratified = whole_number("draws", draws), stratified
+        self.draws, self.stratified = whole_number("draws", draws, 1, MOST), stratified
         self.noise, self.calls, self.dimension = noise, 0, math.prod(x.shape[1:])
         self.x = x.reshape(len(x), -1).double()
-        self.levels = None if levels is None else torch.as_tensor(levels).to(self.x)
+        self.levels = (
+            None if levels is None else torch.as_tensor(levels, device=x.device).to(self.x)
+        )
         if self.levels is not None:
             self.place = _places(self.x, self.levels)
         warn_of_dropout(score)
 
     def offset(self, draw: int, purpose: Purpose = Purpose.START) -> Tensor:
         """Uniform [B] float64, where the evenly spread times of a draw start."""
-        like = torch.empty(len(self.x), dtype=torch.float64)
+        like = torch.empty(len(self.x), dtype=torch.float64, device="cpu")
         return self.noise.uniform(like, draw, purpose)
 
     def normals(self, draw: int, count: int) -> Callable[[int], Tensor]:
@@ -120,7 +125,8 @@ class Estimator:
         if not self.stratified:
             return plain
         start = self.offset(draw, Purpose.TARGET)
-        place = (start + (5**0.5 - 1) / 2 * torch.arange(count)[:, None]) % 1
+        steps = torch.arange(count, device="cpu")[:, None]
+        place = (start + (5**0.5 - 1) / 2 * steps) % 1
         square = 2 * gammaincinv(self.dimension / 2, place.numpy())
         lengths = torch.from_numpy(square).sqrt().to(self.state)
 

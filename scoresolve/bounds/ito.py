@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from scoresolve.bounds.dequantisation import bits_per_dim, log_mean_exp, standard_error
+from scoresolve.bounds.estimator import MOST
 from scoresolve.driving import warn_of_dropout
 from scoresolve.errors import ArgumentError, GridError, ShapeError, whole_number
 from scoresolve.grid import Grid, as_grid, make_grid
@@ -166,13 +167,17 @@ def ito_bound(
     """
     check_state(x)
     if grid is None:
-        made = make_grid("log_snr", sde, whole_number("steps", steps), sde.t_min, sde.T)
+        made = make_grid("log_snr", sde, whole_number("steps", steps, 1, MOST), sde.t_min, sde.T)
     else:
         made = as_grid(grid)
     times = _checked_grid(sde, made).times
     if times[0] > times[-1]:
         raise GridError("the times fall: noised paths start at the data, give increasing times")
-    source, model, count = as_noise(noise, seed), as_model(score, sde), whole_number("draws", draws)
+    source, model, count = (
+        as_noise(noise, seed),
+        as_model(score, sde),
+        whole_number("draws", draws, 1, MOST),
+    )
     warn_of_dropout(score)
     found = []
     for path in range(count):
@@ -195,7 +200,7 @@ def _along(
     cond: dict[str, Any],
 ) -> Tensor:
     """Log-densities [S + 1, B] of `states` at falling `times`."""
-    at = torch.tensor(times, dtype=torch.float64)
+    at = torch.tensor(times, dtype=torch.float64, device="cpu")
     alpha, variance = sde.alpha(at), (-sde.log_snr(at)).exp()
     flat = states.reshape(*states.shape[:2], -1).double()
     dimension = flat.shape[2]

@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from scoresolve.bounds.estimator import Estimator, Levels, VariationalBound, clock, clock_time
+from scoresolve.bounds.estimator import MOST, Estimator, Levels, VariationalBound, clock, clock_time
 from scoresolve.errors import ArgumentError, GridError, known_name, real_number, whole_number
 from scoresolve.grid import Grid, as_grid
 from scoresolve.models import Model
@@ -85,7 +85,7 @@ def variational_bound(
     """
     known_name("variance", variance, _VARIANCES)
     run = Estimator(score, sde, x, levels, draws, stratified, as_noise(noise, seed), cond)
-    at = torch.tensor(_chain(sde, steps, grid), dtype=torch.float64)
+    at = torch.tensor(_chain(sde, steps, grid), dtype=torch.float64, device="cpu")
     log_snr, sigma = sde.log_snr(at), sde.sigma(at)
     lost = -torch.expm1(log_snr[1:] - log_snr[:-1])
     scale = log_snr[:-1].exp() * lost
@@ -102,7 +102,7 @@ def variational_bound(
         z = run.normals(draw, total + 1)
         found = []
         for j in range(total):
-            index = torch.tensor(j).expand(len(x))
+            index = torch.tensor(j, device="cpu").expand(len(x))
             if chosen is not None:
                 spread = (j + run.offset(draw)) * count / chosen
                 index = spread.floor().long().clamp(max=count - 1)
@@ -133,9 +133,9 @@ def _chain(
     elif float(sde.sigma(sde.t_min)) == 0:
         raise GridError(f"sigma vanishes at t_min = {sde.t_min:g}: give a grid that starts later")
     else:
-        count = whole_number("steps", 100 if steps is None else steps)
+        count = whole_number("steps", 100 if steps is None else steps, 1, MOST)
         ends = clock(sde, sde.t_min), clock(sde, sde.T)
-        q = torch.linspace(*ends, count + 1, dtype=torch.float64)
+        q = torch.linspace(*ends, count + 1, dtype=torch.float64, device="cpu")
         return [sde.t_min, *clock_time(sde, q[1:-1]).tolist(), sde.T]
     made.check(sde)
     if float(sde.sigma(min(made.times))) == 0:

@@ -15,9 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scoresolve.divergence import velocity_parts
+from scoresolve.divergence import (
+    Differentiator,
+    check_constant,
+    full_precision,
+    velocity_parts,
+)
 from scoresolve.driving import warn_of_dropout
-from scoresolve.errors import ArgumentError, GridError, check_output, whole_number
+from scoresolve.errors import GridError, check_output, whole_number
 from scoresolve.gradients.path import Path
 from scoresolve.grid import Grid, as_grid, make_grid
 from scoresolve.models import Model, as_model
@@ -27,6 +32,9 @@ from scoresolve.sde import EDM, SDE, VE, Prior, TimeLike, check_prior, expand, l
 from scoresolve.solvers import Solver, get_solver
 
 __all__ = ["differentiable_log_likelihood"]
+
+MOST_STEPS = 10**6
+MOST_PROBES = 10_000
 
 Times = Grid | Sequence[float] | Tensor
 
@@ -73,7 +81,7 @@ def differentiable_log_likelihood(
         log p(x), [B] in the dtype of `x`, attached to `x` and to the leaves that the model uses.
 
     Raises:
-        ArgumentError: there is no prior, the model's output has no gradient with respect to x,
+        ArgumentError: there is no prior, the model's output depends on x without a gradient,
             or a number is out of range.
         ShapeError, GridError, UnknownNameError: as for `differentiable_sample`.
 
@@ -85,13 +93,13 @@ def differentiable_log_likelihood(
     check_state(x)
     if grid is None:
         name = "karras" if isinstance(sde, VE | EDM) else "quadratic"
-        times = make_grid(name, sde, whole_number("steps", steps), sde.t_min, sde.T)
+        times = make_grid(name, sde, whole_number("steps", steps, 1, MOST_STEPS), sde.t_min, sde.T)
     else:
         times = as_grid(grid)
     times.check(sde)
     if times.times[0] > times.times[-1]:
         raise GridError("the times fall: a likelihood follows data to noise, give increasing times")
-    count = None if probes is None else whole_number("probes", probes)
+    count = None if probes is None else whole_number("probes", probes, 1, MOST_PROBES)
     warn_of_dropout(score)
     flow = _DensityFlow(as_model(score, sde), sde, x, count, Philox(seed), cond)
     solver = get_solver("rk4_flow")
@@ -117,6 +125,7 @@ class _DensityFlow(Model):
         cond: dict[str, Any],
     ) -> None:
         self.model, self.process, self.event, self.cond = model, sde, x.shape[1:], cond
+        self.differentiator = Differentiator("reverse")
         if probes is None:
             size = math.prod(self.event)
             basis = torch.eye(size, dtype=x.dtype, device=x.device).reshape(size, 1, *self.event)
@@ -130,24 +139,33 @@ class _DensityFlow(Model):
         with torch.enable_grad():
             state = x[:, :-1].reshape(-1, *self.event)
             state = state if state.requires_grad else state.detach().requires_grad_()
-            u, w, network = velocity_parts(self.model, self.process, state, t)
-            m = network(state, t, **self.cond)
+            u, w, network = velocity_parts(self.model, self.process, state, t, self.differentiator)
+
+            def field(y: Tensor) -> Tensor:
+                return network(y, t, **self.cond)
+
+            m = field(state.clone())  # autograd lets nobody write into a leaf
             check_output(m, state)
-            products = [self._product(m, state, z, keep) for z in self.probes]
+            products = self._products(field, m, state, keep)
             trace = (torch.stack(products) * self.probes).reshape(*self.probes.shape[:2], -1)
             divergence = math.prod(self.event) * u + w * trace.sum((0, 2)) * self.weight
             v = expand(u, state, u) * state + expand(w, state, w) * m
             joint = torch.cat([v.reshape(len(x), -1), divergence[:, None].to(v.dtype)], 1)
         return joint if keep else joint.detach()
 
-    def _product(self, m: Tensor, state: Tensor, z: Tensor, keep: bool) -> Tensor:
+    def _products(
+        self, field: Callable[[Tensor], Tensor], m: Tensor, state: Tensor, keep: bool
+    ) -> list[Tensor]:
+        """Products J^T z of the Jacobian of `field`, of value `m` at `state`, for all probes."""
         options: dict[str, Any] = {"create_graph": keep, "retain_graph": True}
-        found = None
-        if m.requires_grad:
-            (found,) = torch.autograd.grad(m, state, z, allow_unused=True, **options)
-        if found is None:
-            raise ArgumentError(
-                "the model's output has no gradient with respect to x: if the network "
-                "detaches or runs under torch.no_grad, undo that"
-            )
+        found = list[Tensor]()
+        for z in self.probes:
+            product = None
+            if m.requires_grad:
+                with full_precision(m):
+                    (product,) = torch.autograd.grad(m, state, z, allow_unused=True, **options)
+            if product is None:
+                check_constant(field, state, m)
+                return [torch.zeros_like(z) for z in self.probes]
+            found.append(product)
         return found

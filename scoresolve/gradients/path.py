@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from scoresolve.divergence import full_precision
 from scoresolve.errors import ArgumentError, SolveError, check_output, known_name, whole_number
 from scoresolve.grid import Grid
 from scoresolve.models import Model, conversion
@@ -77,7 +78,10 @@ class Path:
             if value not in (None, 1) and mode != its:
                 raise ArgumentError(f"{name} = {value} means nothing to {mode!r}: leave it out")
         if mode == "direct" or not torch.is_grad_enabled():
-            return self.plan.run(self.model, x, self.noise, in_place=False, **self.cond)
+            start = (
+                x.clone() if x.requires_grad and x.is_leaf else x
+            )  # nobody may write into a leaf
+            return self.plan.run(self.model, start, self.noise, in_place=False, **self.cond)
         for name, value in self.cond.items():
             if isinstance(value, Tensor) and value.requires_grad and not value.is_leaf:
                 raise ArgumentError(
@@ -92,7 +96,7 @@ class Path:
                 f"{self.plan.solver!r} draws noise, and {mode!r} needs a deterministic solver: "
                 "take one, or mode='checkpoint'"
             )
-        return self.without_memory(x, mode, whole_number("refine", refine))
+        return self.without_memory(x, mode, whole_number("refine", refine, 1, 10**4))
 
     def advance(self, stages: Iterable[Stage], held: dict[int, Tensor]) -> None:
         """Run `stages` on the registers `held`, which they add to."""
@@ -212,7 +216,7 @@ def _without_graph(
     """What `run` makes of `inputs`, and the other leaves that this depends on; no graph is kept."""
     with torch.enable_grad():
         starts = [value.detach().requires_grad_() for value in inputs]
-        results = run(starts)
+        results = run([start.clone() for start in starts])  # nobody may write into a leaf
     pending, seen, found = [result.grad_fn for result in results], set[Any](), list[Tensor]()
     while pending:
         node = pending.pop()
@@ -247,14 +251,15 @@ class _Recomputed(torch.autograd.Function):
         inputs, leaves = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
         with torch.enable_grad():
             starts = [value.detach().requires_grad_() for value in inputs]
-            results = ctx.run(starts)
+            results = ctx.run([start.clone() for start in starts])
         pairs = [pair for pair in zip(results, gradients, strict=True) if pair[0].requires_grad]
-        products = torch.autograd.grad(
-            [result for result, _ in pairs],
-            [*starts, *leaves],
-            [gradient for _, gradient in pairs],
-            materialize_grads=True,
-        )
+        with full_precision(starts[0]):
+            products = torch.autograd.grad(
+                [result for result, _ in pairs],
+                [*starts, *leaves],
+                [gradient for _, gradient in pairs],
+                materialize_grads=True,
+            )
         return None, None, None, *products
 
 
@@ -280,8 +285,9 @@ def _products(
     """The value of `run` at `x`, and `gradient` times its Jacobian to `x` and the leaves."""
     with torch.enable_grad():
         at = x.detach().requires_grad_()
-        value = run(at)
-    found = torch.autograd.grad(value, [at, *leaves], gradient, materialize_grads=True)
+        value = run(at.clone())
+    with full_precision(x):
+        found = torch.autograd.grad(value, [at, *leaves], gradient, materialize_grads=True)
     return value.detach(), list(found)
 
 

@@ -79,7 +79,11 @@ def differentiable_sample(
             "sample(..., gradients=True)"
         )
     resolved = resolved.scaled(model.data_scale)
-    times = resolved.make_grid(sde, whole_number("steps", steps)) if grid is None else as_grid(grid)
+    times = (
+        resolved.make_grid(sde, whole_number("steps", steps, 1, 10**6))
+        if grid is None
+        else as_grid(grid)
+    )
     times.check(sde)
     warn_of_dropout(score)
     path = Path(resolved, sde, times, model, Philox(seed), cond)

@@ -21,13 +21,13 @@ from tqdm import tqdm
 
 from scoresolve.divergence import Differentiator
 from scoresolve.driving import Engine, Part
-from scoresolve.errors import ArgumentError, ModelWarning, row_status
+from scoresolve.errors import ModelWarning, Status, row_status
 from scoresolve.likelihood.nodes import Nodes, allocate, place_nodes
 from scoresolve.likelihood.path import Field, Walk, block_count, walk
 from scoresolve.models import Model, scale_of_data
 from scoresolve.noise import NoiseSource, Philox, Purpose
 from scoresolve.sde import GaussianSDE
-from scoresolve.tuning import measure_scale
+from scoresolve.tuning import measured_or_none
 
 __all__ = ["COLUMNS", "Budget", "PathEngine", "Pilot", "data_std", "fly_pilot", "scale_hidden"]
 
@@ -44,6 +44,7 @@ Where probes blur the result anyway it may be 250/cost, but at most 1.
 """
 
 LEVELS: Final = 5  # of twice as many nodes, the first included
+_LOST: Final = 1.0  # nats that the path of a row may be off which the most nodes are too few for
 LEAST_NODES: Final = 16
 _FIRST_PASS: Final = 0.94  # of the cost; the rest is for rows that are taken up again
 
@@ -92,18 +93,7 @@ def data_std(
     scale, spent = model.data_scale, 0
     if scale is None and not _own(cond):
         pairs = max(4, min(64, 96 // size))
-        try:
-            scale = measure_scale(
-                model,
-                sde,
-                like.shape[1:],
-                pairs=pairs,
-                dtype=like.dtype,
-                device=like.device,
-                **cond,
-            )
-        except ArgumentError:
-            scale = None
+        scale = measured_or_none(model, sde, like, cond, pairs=pairs, stacklevel=7)
         spent = 6 * pairs
     if scale_hidden(model, cond):
         warnings.warn(
@@ -218,7 +208,7 @@ class PathEngine(Engine):
         work = torch.promote_types(x.dtype, torch.float32)
         states = size if self.to_noise else 2 * size
         result = x.new_zeros(len(x), states + len(COLUMNS), dtype=work)
-        todo = rows
+        todo, lost = rows, torch.zeros(len(x), dtype=torch.bool, device=x.device)
         for level in range(LEVELS):
             if level not in self.levels:
                 self.levels[level] = self._level(len(self.times) << level)
@@ -236,12 +226,15 @@ class PathEngine(Engine):
                 tolerance=math.inf if final else self.move,
             )
             self._write(result, found, x, nodes, size, first)
+            lost[found.rows - first] = (found.worst > self.move) & (found.path > _LOST)
             todo = found.dropped.sort().values
             if not len(todo):
                 break
         bar.update()
         evaluations = field.forwards[rows] - before
-        return Part(result, row_status(result), field.calls - calls, evaluations)
+        status = row_status(result)
+        status[lost & (status == int(Status.OK))] = int(Status.STEP_LIMIT)
+        return Part(result, status, field.calls - calls, evaluations)
 
     def _write(
         self, result: Tensor, found: Walk, x: Tensor, nodes: Nodes, size: int, first: int
@@ -262,8 +255,8 @@ class PathEngine(Engine):
             found.error,
             found.path,
             (found.integral - found.coarse).abs(),
-            found.first.abs() / 2,
-            found.final.abs() / 2,
+            found.data_end,
+            found.noise_end,
         ]
         parts = [latent, torch.stack(columns, 1)]
         parts = parts if self.to_noise else [found.end, *parts]

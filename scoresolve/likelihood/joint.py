@@ -1,10 +1,10 @@
-"""State and integral of the divergence as one state [B, D + K], for a solver chosen by hand.
+"""State and integral of the divergence as one state [B, D + C], for a solver chosen by hand.
 
     d/dt (x, l) = (v, div v),    log p_0(x_0) = log p_T(x_T) + l(T)
 
-Towards data l runs from 0 at T, and -l(0) is what is added. K = 1 column for the exact divergence,
-or one for each Hutchinson probe, whose spread then tells the standard error. Any process and any
-deterministic solver will do that steps in x itself.
+Towards data l runs from 0 at T, and -l(0) is what is added. C = 1 column for the exact divergence;
+K Hutchinson probes have one for each element of z (J^T z), whose spread over the probes then tells
+the standard error. Any process and any deterministic solver will do that steps in x itself.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from scoresolve.driving import (
     PlanEngine,
     drive,
 )
-from scoresolve.errors import ArgumentError, GridError, check_output
+from scoresolve.errors import ArgumentError, GridError, Status, check_output, whole_number
 from scoresolve.grid import Grid, as_grid
 from scoresolve.likelihood.result import Likelihood
 from scoresolve.models import Model
@@ -52,16 +52,19 @@ __all__ = [
 ]
 
 DEFAULT_NFE = 100
+MOST_STEPS = 10**6
 
 
 class JointFlow(Model):
-    """The velocity of joint states [b, D + K], x and K integrals, as a model of "flow".
+    """The velocity of joint states [b, D + C], x and C integrals, as a model of "flow".
 
     Its one condition is `rows` [b], the places of the states in the batch: solvers drop samples
     that have arrived, and each has conditions and probes of its own.
 
     Attributes:
         forwards: network evaluations of each sample so far, [B] int64.
+        alike: whether all probes of a sample are one but for their signs, so that they cannot tell
+            its error, [B] bool; never in one dimension, where there is none.
     """
 
     sde = None
@@ -80,12 +83,14 @@ class JointFlow(Model):
         self.model, self.differentiator = model, differentiator
         self.batch, self.event, self.dtype = x.shape[0], x.shape[1:], x.dtype
         self.size, self.probe_count = math.prod(self.event), probes
+        self.columns = self.size * probes or 1
         self.forwards = torch.zeros(self.batch, dtype=torch.int64, device=x.device)
+        self.alike = torch.zeros(self.batch, dtype=torch.bool, device=x.device)
 
     def join(self, x: Tensor) -> Tensor:
         """The joint state of data [B, *event] before any step, at least float32."""
         flat = x.reshape(self.batch, self.size).to(torch.promote_types(x.dtype, torch.float32))
-        return torch.cat([flat, flat.new_zeros(self.batch, max(1, self.probe_count))], 1)
+        return torch.cat([flat, flat.new_zeros(self.batch, self.columns)], 1)
 
     def latent(self, state: Tensor) -> Tensor:
         """x [b, *event] of joint states, as the network gets it."""
@@ -95,7 +100,10 @@ class JointFlow(Model):
         """Take up the chunk `state` of the batch's `rows`, which draw from `source`."""
         x = self.latent(state)
         draws = [source.signs(x, draw, Purpose.PROBE) for draw in range(self.probe_count)]
-        self.probes = torch.stack(draws) if draws else None
+        self.probes = probes = torch.stack(draws) if draws else None
+        if probes is not None:  # probes that differ by a sign alone take the same products
+            signs = (probes * probes[0]).reshape(len(draws), len(x), self.size)
+            self.alike[rows] = (signs == signs[:, :, :1]).all(2).all(0) & (self.size > 1)
         self.first, self.calls = rows[:1], 0
 
     def predict(self, prediction: str, x: Tensor, t: TimeLike, **cond: Any) -> Tensor:
@@ -104,7 +112,7 @@ class JointFlow(Model):
         held = split_cond(self.cond, rows, self.batch)
         self.forwards[rows] += 1
 
-        u, w, network = velocity_parts(self.model, self.process, state, t)
+        u, w, network = velocity_parts(self.model, self.process, state, t, self.differentiator)
 
         def field(y: Tensor) -> Tensor:
             m: Tensor = network(y, t, **held)
@@ -113,15 +121,14 @@ class JointFlow(Model):
 
         if self.probes is None:
             m, divergence = exact_divergence(field, state, self.differentiator)
-            columns = divergence[:, None]
+            columns = self.size * u[:, None] + w[:, None] * divergence[:, None]
         else:
             probes = self.probes[:, rows - self.first]
             if self.turning:
                 probes = probes * walsh_signs(self.calls, self.size, state).reshape(self.event)
             m, terms = hutchinson(field, state, probes, self.differentiator)
-            columns = terms.sum(2).mT
+            columns = (u[:, None] + w[:, None] * terms).movedim(0, 1).reshape(len(x), self.columns)
         v = expand(u, state, u) * state + expand(w, state, w) * m
-        columns = (self.size * u)[:, None] + w[:, None] * columns
         self.calls += 1
         flat = v.reshape(len(x), self.size)
         return torch.cat([flat.to(x.dtype), columns.to(x.dtype)], 1)
@@ -191,25 +198,26 @@ def solve_joint(
         JointEngine(engine), flow, Given(start), source, chunk, progress, False, {"rows": rows}
     )
     columns, end = run.x[:, flow.size :], flow.latent(run.x)
-    log_det = columns.mean(1) if to_noise else -columns.mean(1)
+    integrals = columns.reshape(flow.batch, max(1, flow.probe_count), -1)
+    log_det = integrals.sum(2).mean(1) * (1 if to_noise else -1)
     if known is None:
         known = density(run.x, run.ok)
-    if flow.probe_count == 0:
-        error = torch.zeros_like(log_det)
-    elif flow.probe_count == 1:
-        error = torch.full_like(log_det, torch.nan)
-    else:
-        error = columns.std(1) / math.sqrt(flow.probe_count)
+    error = torch.zeros_like(log_det)
+    if flow.probe_count:
+        error = probe_error(integrals) if flow.probe_count > 1 else error
+        error = torch.where(flow.alike, torch.nan, error)
+    log_prob = known + log_det  # of a latent beyond all bounds it is -inf
+    ok = run.ok & log_prob.isfinite()
     return Likelihood(
-        log_prob=torch.where(run.ok, known + log_det, torch.nan),
-        standard_error=torch.where(run.ok, error, torch.nan),
+        log_prob=torch.where(ok, log_prob, torch.nan),
+        standard_error=torch.where(ok, error, torch.nan),
         latent=end if to_noise else x,
-        status=run.status,
+        status=torch.where(run.ok & ~ok, int(Status.NONFINITE), run.status),
         nfe=run.nfe,
         forwards=flow.forwards,
         products=flow.forwards * (flow.probe_count or flow.size),
         x=x if to_noise else end,
-        log_det=torch.where(run.ok, log_det, torch.nan),
+        log_det=torch.where(ok, log_det, torch.nan),
     )
 
 
@@ -234,8 +242,16 @@ def joint_engine(
         raise ArgumentError(
             f"{solver.name!r} draws noise: a likelihood needs a deterministic solver"
         )
+    for name, value in {"steps": steps, "nfe": nfe}.items():
+        if value is not None:
+            whole_number(name, value, 1, MOST_STEPS)
     if isinstance(solver, Integrator):
         refuse(solver, steps=steps, nfe=nfe, grid=grid)
+        if not {None, "time"} & {getattr(solver, "coordinates", None)}:
+            raise ArgumentError(
+                f"{solver.name!r} steps in {solver.coordinates} coordinates, not in x itself, so "  # type: ignore[attr-defined]
+                "it cannot carry the divergence: take another adaptive solver, such as 'dopri5'"
+            )
         times = Grid((start, end))
     elif grid is None or isinstance(grid, str):
         name = grid or ("karras" if isinstance(sde, VE | EDM) else "quadratic")
@@ -286,3 +302,30 @@ def _flow_plan(solver: Solver, sde: SDE, grid: Grid) -> Plan:
             f"an adaptive solver such as 'dopri5', or one of {', '.join(map(repr, known))}"
         )
     return traced
+
+
+def probe_error(integrals: Tensor) -> Tensor:
+    """Standard error [B] of the mean over K > 1 probes of sums over elements.
+
+    An element z_i (J^T z)_i has the diagonal for mean, and noise sum_j J_ij z_i z_j over j != i. If
+    J is symmetric, as of a score, j has the same noise by that pair, so that the variance of the
+    sum is 2 sum_i var_i; else it is at most that. Elements share pairs two by two, and a square of
+    a variance with m = K - 1 degrees of freedom is too large by 1 + 2/m, so that there are
+
+        n = (K + 1)/2 (sum var)^2 / sum var^2
+
+    of them in all. Student's t of n has two thirds within 1 + 1/(2n) + 1/(3n^2), to 1 %.
+
+    Args:
+        integrals: of the elements along the path, [B, K, D].
+
+    Source:
+        Satterthwaite 1946, "An approximate distribution of estimates of variance components".
+    """
+    count = integrals.shape[1]
+    variances = integrals.var(1)
+    total = variances.sum(1)
+    tiny = torch.finfo(total.dtype).tiny
+    few = 2 / (count + 1) * (variances / total.clamp(min=tiny)[:, None]).square().sum(1)
+    few = few.clamp(max=1)
+    return (2 * total / count).sqrt() * (1 + few / 2 + few.square() / 3)

@@ -20,7 +20,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.interpolate import CubicSpline
+from scipy.interpolate import BSpline, CubicSpline, make_interp_spline
+from scipy.sparse.linalg import spsolve
 
 from scoresolve.sde import GaussianSDE
 from scoresolve.solvers.adaptive.drift import rounded_inside
@@ -46,8 +47,7 @@ class Nodes:
         times, alpha, sigma: the schedule at the nodes.
         clock: u at the nodes.
         rate: dlog k/du at the nodes.
-        weights: of the trace in the integral over log k, from 0 to the last node. Beyond it the
-            integrand falls with k^-2, so that half its last value is left.
+        weights: of the trace in the integral over log k, from 0 to the last node.
         coarse: the same by every second node alone, 0 at the others.
         last: u at the last time of the process, at least that of the last node.
     """
@@ -75,6 +75,11 @@ class Nodes:
         """sqrt(sigma^2 + c^2 alpha^2), the size of x for y of size 1."""
         return np.hypot(self.sigma, self.c * self.alpha)
 
+    @property
+    def distrusted(self) -> int:
+        """How many of the last nodes, 0 or 1, are not asked what lies beyond, see `path`."""
+        return int(_END - self.clock[-1] < self.clock[-1] - self.clock[-2])
+
     def weights_between(self, past: Sequence[int], start: float, end: float) -> Array:
         """Weights of the slopes at the nodes `past` for the integral over u from start to end."""
         return lagrange_weights(self.clock[list(past)], start, end)
@@ -92,7 +97,8 @@ def place_nodes(
         t_start, t_end: times, increasing; nodes go no farther than sigma/alpha = 1000 c.
         single: whether the network will be called with times in float32.
     """
-    ends = np.exp(-sde.log_snr(torch.tensor([t_start, t_end], dtype=torch.float64)).numpy() / 2)
+    host = torch.tensor([t_start, t_end], dtype=torch.float64, device="cpu")
+    ends = np.exp(-sde.log_snr(host).numpy() / 2)
     low, last = (math.sqrt(math.atan(float(k) / c)) for k in ends)
     high = max(min(last, math.sqrt(math.atan(_FARTHEST))), (low + last) / 2)
     low = max(low, 0.01)
@@ -126,7 +132,13 @@ def place_nodes(
 
 def _integral(clock: Array) -> Array:
     """Weights of the integral of the cubic spline through values at the nodes."""
-    weights: Array = CubicSpline(clock, np.eye(len(clock))).integrate(clock[0], clock[-1])
+    if len(clock) < 4:
+        few: Array = CubicSpline(clock, np.eye(len(clock))).integrate(clock[0], clock[-1])
+        return few
+    spline = make_interp_spline(clock, clock)
+    areas = (spline.t[4:] - spline.t[:-4]) / 4  # of the basis splines
+    values = BSpline.design_matrix(clock, spline.t, 3)
+    weights: Array = spsolve(values.T.tocsc(), areas)
     return weights
 
 

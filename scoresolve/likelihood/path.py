@@ -9,6 +9,10 @@ g = 1, 2, turned for every product by another row of a Walsh matrix, give
 The means of v_1 and v_2 agree element by element, the diagonal of one matrix, and their noise is
 independent: |v_1 - v_2|^2 / 2 is an unbiased estimate of the variance. Its noise is a sum over
 pairs of elements; where these are few, the path is cut into blocks with signs of their own.
+
+Beyond the last node both go on as data with a mean and a variance would let them. A network's error
+in x0 grows with k, so where the last node lies closer to no data than to the one before it, that
+one is asked.
 """
 
 from __future__ import annotations
@@ -22,7 +26,13 @@ import torch
 from torch import Tensor
 
 from scoresolve.conditions import split_cond
-from scoresolve.divergence import Differentiator, exact_divergence, hutchinson, walsh_signs
+from scoresolve.divergence import (
+    Differentiator,
+    exact_divergence,
+    hutchinson,
+    walsh_signs,
+    watched,
+)
 from scoresolve.errors import check_output
 from scoresolve.likelihood.nodes import ORDER, Nodes
 from scoresolve.models import Model, conversion
@@ -32,6 +42,7 @@ __all__ = ["Field", "Walk", "block_count", "walk"]
 
 _END = math.sqrt(math.pi / 2)
 _SIGNS: Final = 64  # products z_i z_j of independent signs that the standard error rests on
+_MOST_LEFT: Final = 0.9  # of the variance at a last node, that of the data
 Observer = Callable[[int, Tensor], None]
 
 
@@ -59,7 +70,7 @@ class Field:
         differentiator: Differentiator,
         device: torch.device,
     ) -> None:
-        self.prediction, self.network = model.bind("x0")
+        self.prediction, self.network = watched(model, differentiator).bind("x0")
         self.sde, self.cond, self.batch, self.differentiator = sde, cond, batch, differentiator
         self.calls = 0
         self.forwards = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -123,7 +134,9 @@ class Walk:
         error: its standard error, [b].
         coarse: the same integral by every second node, [b].
         path: estimated error of the path in nats, [b].
-        first, final: the trace at the first and last node, [b].
+        worst: the largest move of a corrector, in units of the noise there, [b].
+        data_end, noise_end: size in nats of what is made of the noise below the first node, and
+            of the data left in the last one, [b].
         dropped: places of the rows that the nodes are too few for.
     """
 
@@ -135,8 +148,9 @@ class Walk:
     error: Tensor
     coarse: Tensor
     path: Tensor
-    first: Tensor
-    final: Tensor
+    worst: Tensor
+    data_end: Tensor
+    noise_end: Tensor
     dropped: Tensor
 
 
@@ -172,10 +186,13 @@ def walk(
     length = _block_length(size, sum(counts), blocks)
     state = {
         "rows": rows,
+        "place": torch.arange(len(y), device=y.device),
         "sums": y.new_zeros(len(y), blocks, groups, terms_each),
         "coarse": y.new_zeros(len(y)),
         "last": y.clone(),
+        "bend": torch.zeros_like(y),
         "path": y.new_zeros(len(y)),
+        "worst": y.new_zeros(len(y)),
         "first": y.new_zeros(len(y)),
         "final": y.new_zeros(len(y)),
     }
@@ -185,6 +202,7 @@ def walk(
     slopes: list[Tensor] = []
     dropped: list[Tensor] = []
     turned = 0
+    told = len(nodes) - 1 - nodes.distrusted
 
     def ahead(to: float, most: int = ORDER) -> Tensor:
         used = past[-most:]
@@ -192,6 +210,13 @@ def walk(
         return sum(
             (float(a) * f for a, f in zip(weights, slopes[-len(used) :], strict=True)), 0 * y
         )
+
+    def extended(to: float, most: int = 2) -> Tensor:
+        """The integral of the slopes from the last node on, as those up to `told` continue."""
+        first = len(past) - (len(nodes) - 1 - told)
+        weights = nodes.weights_between(past[first - most : first], at, to)
+        used = slopes[first - most : first]
+        return sum((float(a) * f for a, f in zip(weights, used, strict=True)), 0 * y)
 
     order = range(len(nodes)) if to_noise else range(len(nodes) - 1, -1, -1)
     at = 0.0 if to_noise else _END
@@ -214,12 +239,15 @@ def walk(
         if begin and to_noise:
             y = predicted + pull / 2
         elif begin:
-            y = predicted - _limit((_END - here) * slopes[-1], nodes)
+            beyond = (_END - here) * slopes[-1]
+            y = predicted - beyond
             state["last"] = y + (nodes.last - here) * slopes[-1]
+            state["bend"] = beyond
         else:
             y = y + ahead(here)
             change = y - predicted
             move = _flat(change).norm(dim=1) * (size_y / k)
+            state["worst"] = torch.maximum(state["worst"], move)
             state["path"] = state["path"] + (_flat(pull * change).sum(1).abs() * (size_y / k) ** 2)
         at = here
         if observe is not None:
@@ -230,7 +258,7 @@ def walk(
         state["coarse"] = state["coarse"] + float(nodes.coarse[n]) * trace
         if n == 0:
             state["first"] = trace
-        if n == len(nodes) - 1:
+        if n == told:
             state["final"] = trace
         if move is not None and bool((bad := move > tolerance).any()):
             dropped.append(state["rows"][bad])
@@ -239,12 +267,18 @@ def walk(
             if not len(y):
                 break
     if to_noise:
-        end, last = y + _limit(ahead(_END, 2), nodes), y + ahead(nodes.last, 2)
+        beyond = extended(_END)
+        end, last, bend = y + beyond, y + extended(nodes.last), beyond - extended(_END, 1)
+        at_noise = end
     else:
-        end, last = (y - pull / 2) * size_y, state["last"]
+        end, last, bend = (y - pull / 2) * size_y, state["last"], state["bend"]
+        at_noise = start[state["place"]].to(work)
     sums = state["sums"]
-    bound = size * nodes.c**2 / float(nodes.k[-1]) ** 2
-    tail = (state["final"] / 2).clamp(-bound, bound)  # for variances up to about 3 c^2
+    tail = _tail(state["final"], size, nodes, told)
+    # What is left of the data turns y by `bend`, to first order; with |bend|^2 the next one is in.
+    turned_by = _flat(bend).norm(dim=1)
+    noise_end = tail.abs() + (_flat(bend * at_noise).sum(1)).abs() + turned_by * (2 + turned_by)
+    below = (float(nodes.k[0]) / nodes.c) ** 2
     return Walk(
         rows=state["rows"],
         end=end,
@@ -254,8 +288,9 @@ def walk(
         error=_standard_error(sums[:, :, 0] - sums[:, :, -1]),
         coarse=state["coarse"] + tail,
         path=state["path"],
-        first=state["first"],
-        final=state["final"],
+        worst=state["worst"],
+        data_end=state["first"].abs() / 2 + size * below**2,
+        noise_end=noise_end,
         dropped=torch.cat(dropped) if dropped else rows[:0],
     )
 
@@ -314,12 +349,20 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(len(x), math.prod(x.shape[1:]))
 
 
-def _limit(move: Tensor, nodes: Nodes) -> Tensor:
-    """A move of y beyond the last node, at most what data of mean 3 c explain.
+def _tail(trace: Tensor, size: int, nodes: Nodes, told: int) -> Tensor:
+    """The integral of the trace beyond the last node k, [b].
 
-    A network's own error in x0 grows with k there, and the flow past the process is not its own.
+    Of Gaussian data, whose tr dx0/dx' = D v/(v + k^2) there, it is
+
+        D int_k^inf (v/(v + k^2) - c^2/(c^2 + k^2)) dlog k = D/2 log((1 + v/k^2)/(1 + c^2/k^2)).
+
+    Args:
+        trace: at the node that tells v, D (v/(v + k^2) - c^2/(c^2 + k^2)), [b].
+        size: D.
+        nodes, told: the nodes, and which one that is.
     """
-    most = 3 * math.sqrt(math.prod(move.shape[1:])) * nodes.c / float(nodes.k[-1])
-    norm = _flat(move).norm(dim=1).clamp(min=torch.finfo(move.dtype).tiny)
-    limited: Tensor = move * (most / norm).clamp(max=1).reshape(-1, *(1,) * (move.ndim - 1))
-    return limited
+    before, last = (float((nodes.c / nodes.k[n]) ** 2) for n in (told, -1))
+    share = (trace / size + before / (1 + before)).clamp(0, _MOST_LEFT)
+    variance = share / (1 - share) * (last / before)  # in units of the last k^2
+    tail: Tensor = size / 2 * (torch.log1p(variance) - math.log1p(last))
+    return tail

@@ -24,7 +24,8 @@ class ErrorBudget:
             random probes it holds their noise too.
         data_end: size of the correction for the noise below the first node; its own error is of
             the next order in that noise.
-        prior: size of the correction for the data left in the last node, likewise.
+        prior: size of the correction for the data left in the last node, likewise, but for what
+            their mean explains; mostly too high, and nats where the process ends too early.
     """
 
     probes: Tensor
@@ -41,7 +42,8 @@ class Likelihood:
     Attributes:
         log_prob: log-density of each sample in nats, [B], at least float32.
         standard_error: that of `log_prob` by the random probes, [B]: 0 with the exact trace,
-            NaN with a single fixed probe, which cannot tell its error. Where conditions hide the
+            NaN with a single fixed probe, which cannot tell its error, or several that are alike
+            but for a sign. Where conditions hide the
             scale of the data, with `budget.path` added in square.
         latent: where the flow takes the samples, [B, *event].
         status: one `Status` per sample, [B] int64.

@@ -8,7 +8,6 @@ Along the flow log p_t changes by -div v, so data x_0 that the flow takes to the
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -28,9 +27,9 @@ from scoresolve.driving import (
 )
 from scoresolve.errors import (
     ArgumentError,
-    ModelWarning,
     ShapeError,
     known_name,
+    real_number,
     whole_number,
 )
 from scoresolve.grid import Grid
@@ -78,6 +77,12 @@ __all__ = [
 
 DEFAULT_COST: Final = 200
 LEAST_COST: Final = 64
+MOST_COST: Final = 100_000
+MOST_NODES: Final = 2500
+"""Of the first pass; rows that need more get up to sixteen times as many."""
+MOST_PROBES: Final = 10_000
+NAMED_CALLS: Final = 5000
+"""Calls after which an adaptive solver given by its name gives up; it takes some hundred."""
 DEFAULT_PROBES: Final = 8
 EXACT_UP_TO: Final = 64
 """Event elements up to which a solver chosen by hand gets the exact trace."""
@@ -126,12 +131,14 @@ def log_likelihood(
         sde: the process. A model of another Gaussian process is matched by log-SNR. One
             that has no prior of its own, being given by drift and diffusion, needs `prior`.
         x: data, [B, *event], floating point; it is not written into.
-        solver: "auto", a deterministic adaptive solver, or a fixed-grid solver in flow form.
-        cost: with "auto", about how many evaluations and products each sample may cost, at least
-            64; 200 if omitted.
+        solver: "auto", a deterministic adaptive solver, or a fixed-grid solver in flow form. An
+            adaptive solver given by name gives up after 5000 calls, by `Status.CALL_LIMIT`; make
+            one with `max_calls` of its own for more.
+        cost: with "auto", about how many evaluations and products each sample may cost, from 64
+            to 100000; 200 if omitted.
         steps: number of grid steps of a fixed-grid solver; or
-        nfe: nodes of "auto", or at most so many network calls of a fixed-grid solver (if neither
-            is given, 100); or
+        nfe: nodes of "auto", from 4 to 2500, or at most so many network calls of a fixed-grid
+            solver (if neither is given, 100); or
         grid: a `Grid` or increasing times, for a fixed-grid solver. A name of `GRIDS` goes with
             `steps` or `nfe`; omitted it is "karras" for `VE` and `EDM`, else "quadratic".
         t_start: time of the data. If omitted `sde.t_min`, but at most 1e-5 T for `VP`, `SubVP`,
@@ -140,7 +147,7 @@ def log_likelihood(
         trace: "exact", "hutchinson", or "auto": exact if `cost` has room for it at 20 nodes
             (with a solver chosen by hand, up to 64 event elements).
         probes: Rademacher probes a call, on average, with the Hutchinson trace; "auto" chooses
-            (and takes two at least); else 8.
+            (and takes two at least); else 8; at most 10000.
         mode: how to differentiate the network, one of `divergence.MODES`.
         prior: the law at `t_end`, a distribution or a log-density over [B, *event], instead of the
             process's own; "auto" is then "dopri5", whose result has no `budget`.
@@ -154,11 +161,13 @@ def log_likelihood(
         **cond: passed on to the model; tensors whose first axis is B follow their samples.
 
     Returns:
-        A `Likelihood`.
+        A `Likelihood`. Rows that the most nodes are too few for, as those that pass a pole of the
+        score, have `Status.STEP_LIMIT`.
 
     Raises:
-        ArgumentError: there is no prior, the solver draws noise or is not in flow form, or a
-            number is out of range or does not go with the solver.
+        ArgumentError: there is no prior, the solver draws noise or is not in flow form, a
+            number is out of range or does not go with the solver, or the model's output depends
+            on x but has no gradient.
         ShapeError, GridError, UnknownNameError: as for `sample`; also for times that decrease.
         SolveError: a sample failed and `raise_on_failure` is set.
 
@@ -170,8 +179,8 @@ def log_likelihood(
     check_prior(sde, prior)
     _check_data(x)
     size = math.prod(x.shape[1:])
-    if dequantise is not None and not 0 < dequantise < math.inf:
-        raise ArgumentError(f"dequantise = {dequantise}: give the width of a bin, above 0")
+    if dequantise is not None:
+        dequantise = real_number("dequantise", dequantise, above=0)
     _check_grid(grid, steps, nfe, t_start, t_end)
     task = _Task(
         as_model(score, sde),
@@ -179,7 +188,7 @@ def log_likelihood(
         (_data_time(sde) if t_start is None else t_start, sde.T if t_end is None else t_end),
         True,
         trace,
-        None if probes is None else whole_number("probes", probes),
+        None if probes is None else whole_number("probes", probes, 1, MOST_PROBES),
         Differentiator(mode),
         as_noise(noise, seed),
         None if chunk is None else whole_number("chunk", chunk),
@@ -194,7 +203,7 @@ def log_likelihood(
         data = x + width * task.source.uniform(x, 0, Purpose.DEQUANTISE) if width else x.clone()
         result = task.solve(way, data, prior)
     result = replace(result, bin_width=dequantise)
-    return _finish(result, task.differentiator, raise_on_failure)
+    return _finish(result, raise_on_failure)
 
 
 def sample_with_log_prob(
@@ -268,7 +277,7 @@ def sample_with_log_prob(
         (_data_time(sde) if t_end is None else t_end, sde.T if t_start is None else t_start),
         False,
         trace,
-        None if probes is None else whole_number("probes", probes),
+        None if probes is None else whole_number("probes", probes, 1, MOST_PROBES),
         Differentiator(mode),
         as_noise(noise, seed),
         None if chunk is None else whole_number("chunk", chunk),
@@ -289,7 +298,7 @@ def sample_with_log_prob(
         else:
             start = x.clone()
         result = task.solve(way, start, prior)
-    return _finish(result, task.differentiator, raise_on_failure)
+    return _finish(result, raise_on_failure)
 
 
 def _check_data(x: Tensor) -> None:
@@ -300,20 +309,25 @@ def _check_data(x: Tensor) -> None:
 
 def _budget(size: int, cost: int | None, nfe: int | None, trace: str, probes: int | None) -> Budget:
     """Nodes and products of a sample of `size` elements."""
-    total = whole_number("cost", DEFAULT_COST if cost is None else cost, LEAST_COST)
-    nodes = None if nfe is None else whole_number("nfe", nfe, 4)
+    total = whole_number("cost", DEFAULT_COST if cost is None else cost, LEAST_COST, MOST_COST)
+    nodes = None if nfe is None else whole_number("nfe", nfe, 4, MOST_NODES)
     a_call = probes
+    if probes is not None and (nodes or total) * probes > MOST_COST:
+        raise ArgumentError(
+            f"probes = {probes}: at {nodes or total} evaluations that is more than {MOST_COST} "
+            "products a sample: give fewer"
+        )
     if nodes is not None and a_call is None:
         a_call = DEFAULT_PROBES if cost is None else max(1, round(total / nodes) - 1)
     room = total // (1 + size)
     affordable = room >= _FEW_NODES if nodes is None else size <= (a_call or 0)
     if trace == "exact":
-        return Budget(nodes or max(room, _EXACT_NODES), None, total)
+        return Budget(nodes or min(max(room, _EXACT_NODES), MOST_NODES), None, total)
     if trace == "auto" and affordable:
-        return Budget(nodes or room, None, total)
+        return Budget(nodes or min(room, MOST_NODES), None, total)
     if a_call is None:
         return Budget(None, 0, total)
-    nodes = nodes or max(16, total // (1 + a_call))
+    nodes = nodes or min(max(16, total // (1 + a_call)), MOST_NODES)
     return Budget(nodes, nodes * a_call, total)
 
 
@@ -324,6 +338,9 @@ def _check_grid(
     t_start: float | None,
     t_end: float | None,
 ) -> None:
+    for name, time in {"t_start": t_start, "t_end": t_end}.items():
+        if time is not None:
+            real_number(name, time)
     if grid is not None and not isinstance(grid, str):
         given = {"steps": steps, "nfe": nfe, "t_start": t_start, "t_end": t_end}
         if extra := [name for name, value in given.items() if value is not None]:
@@ -376,6 +393,8 @@ class _Task:
             check_direction(Grid((first, last)), self.sde, self.to_noise)
             return budget
         resolved = get_solver("dopri5" if solver == "auto" else solver)
+        if isinstance(resolved, Integrator) and isinstance(solver, str):
+            resolved.max_calls = min(resolved.max_calls, NAMED_CALLS)
         if cost is not None:
             raise ArgumentError(f"cost= does not go with {resolved.name!r}: leave it out")
         return joint_engine(resolved, self.sde, first, last, steps, nfe, grid, self.to_noise)
@@ -464,16 +483,7 @@ def _path_result(
     )
 
 
-def _finish(
-    result: Likelihood, differentiator: Differentiator, raise_on_failure: bool
-) -> Likelihood:
-    if differentiator.blind:
-        warnings.warn(
-            "the model's output has no gradient with respect to x, so its divergence "
-            "counts as 0: if the network detaches or runs under torch.no_grad, undo that",
-            ModelWarning,
-            stacklevel=3,
-        )
+def _finish(result: Likelihood, raise_on_failure: bool) -> Likelihood:
     if raise_on_failure and not bool(result.ok.all()):
         raise failure(result, result.status)
     return result
