@@ -17,11 +17,25 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 from torch.utils._pytree import keystr as _keystr
-from torch.utils._pytree import tree_flatten_with_path, tree_map, tree_unflatten
+from torch.utils._pytree import (
+    tree_flatten_with_path,
+    tree_leaves,
+    tree_map,
+    tree_unflatten,
+)
 
 from scoresolve.errors import ArgumentError, ShapeError
 
-__all__ = ["PerSample", "Shared", "per_sample", "settled", "shared", "split_cond", "unmarked"]
+__all__ = [
+    "PerSample",
+    "Shared",
+    "may_differ",
+    "per_sample",
+    "settled",
+    "shared",
+    "split_cond",
+    "unmarked",
+]
 
 _MOST_READINGS: Final = 16
 """Combinations of readings that are tried: four tensors that may be read in two ways each."""
@@ -105,6 +119,18 @@ def unmarked(cond: dict[str, Any]) -> dict[str, Any]:
         return value.value if isinstance(value, Shared | PerSample) else value
 
     return {name: tree_map(of, value) for name, value in cond.items()} if cond else cond
+
+
+def may_differ(cond: dict[str, Any]) -> bool:
+    """Whether some condition may differ from sample to sample.
+
+    Numbers and what is marked as shared do not; a tensor with axes does, whatever its first axis,
+    as the batch it will be used on need not be this one.
+    """
+    return any(
+        isinstance(leaf, PerSample) or (isinstance(leaf, Tensor) and leaf.ndim > 0)
+        for leaf in tree_leaves(cond)
+    )
 
 
 def settled(

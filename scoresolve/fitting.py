@@ -142,7 +142,7 @@ def fit_grid(
         raise ArgumentError(f"{x.shape[0]} starts: give at least {_LEAST_STARTS}")
     scale = model.data_scale
     if resolved.wants_scale and isinstance(sde, GaussianSDE):
-        scale, _ = scale_within(LEAST_BUDGET, model, sde, x[:0], cond)  # outside the budget
+        scale, _, _ = scale_within(LEAST_BUDGET, model, sde, x[:0], cond)  # outside the budget
     resolved = resolved.scaled(scale)
     if nfe is not None:
         resolved = resolved.budgeted(nfe)

@@ -46,11 +46,13 @@ from scoresolve.noise import NoiseSource, as_noise
 from scoresolve.plans import Plan, StepReport, check_state, trace
 from scoresolve.sde import SDE, GaussianSDE, check_process
 from scoresolve.solvers import Integrator, Solver, get_solver
-from scoresolve.tuning import scale_within
+from scoresolve.tuning import PriorMismatch, scale_within
 
 __all__ = [
     "DEFAULT_NFE",
     "DEFAULT_SOLVER",
+    "checked_place",
+    "checked_shape",
     "encode",
     "grid_for",
     "plan",
@@ -237,8 +239,8 @@ def sample(
         if time is not None and (isinstance(time, str | bool) or not hasattr(time, "__float__")):
             raise ArgumentError(f"{name} = {time!r}: give a number")
     if x is None:
-        dtype, device = _checked_place(dtype, device or device_of(score))
-        start: Given | Prior = Prior(_checked_shape(shape), sde, source, dtype, device)
+        dtype, device = checked_place(dtype, device or device_of(score))
+        start: Given | Prior = Prior(checked_shape(shape), sde, source, dtype, device)
     else:
         check_state(x)
         if dtype is not None or device is not None:
@@ -247,7 +249,7 @@ def sample(
         start = Given(x)
     if chunk is not None:
         whole_number("chunk", chunk)
-    spent = 0
+    spent, mismatch = 0, None
     if isinstance(resolved, Solver):
         named = grid if isinstance(grid, str) else None
 
@@ -273,7 +275,7 @@ def sample(
         free = given_times is None and steps is None
         if resolved.wants_scale and free and isinstance(sde, GaussianSDE):
             budget = DEFAULT_NFE if nfe is None else nfe
-            scale, spent = scale_within(budget, model, sde, start.rows(slice(0)), cond)
+            scale, mismatch, spent = scale_within(budget, model, sde, start.rows(slice(0)), cond)
             engine = engine_for(resolved.scaled(scale), budget - spent) if spent else engine
     else:
         refuse(resolved, steps=steps, nfe=nfe, grid=grid, callback=callback, compile=compile)
@@ -283,7 +285,7 @@ def sample(
         engine = IntegratorEngine(resolved, sde, ends, bool(denoise), width)
     if isinstance(start, Prior):
         start.begin_at(engine.t_start)
-        _warn_of_signal(sde, engine.t_start)
+        _warn_of_signal(sde, engine.t_start, mismatch)
     whole = isinstance(engine, PlanEngine) and (chunk is None or chunk >= start.batch)
     cond = unmarked(cond) if whole else settle(cond, model, start, engine.t_start)
     with torch.set_grad_enabled(gradients):
@@ -355,16 +357,21 @@ def encode(
     )
 
 
-def _warn_of_signal(sde: SDE, t: float) -> None:
+def _warn_of_signal(sde: SDE, t: float, mismatch: PriorMismatch | None) -> None:
     """Tell that a start without data in it is not the law of the process at `t`."""
-    if t == sde.T or not isinstance(sde, GaussianSDE):
+    if not isinstance(sde, GaussianSDE):
         return
     snr = math.exp(float(sde.log_snr(t)))
-    if snr > _HIDDEN:
+    if t == sde.T and mismatch is not None:
+        shows = mismatch.matters
+        what = f"the model's data give it a standard deviation of {mismatch.std:.3g} priors there"
+    else:
+        shows, what = snr > _HIDDEN, f"alpha^2/sigma^2 = {snr:.2g}"
+    if shows:
         warnings.warn(
-            f"the start at t_start = {t:g} is drawn as noise alone, but {sde} still holds the data "
-            f"there (alpha^2/sigma^2 = {snr:.2g}), so samples follow another law: give x=, data "
-            "noised to that time",
+            f"the start at t = {t:g} is drawn as noise alone, but {sde} still holds the data there "
+            f"({what}), so samples follow another law: give x=, data noised to that time, or a "
+            "process that drowns them",
             ModelWarning,
             stacklevel=3,
         )
@@ -382,7 +389,8 @@ def _checked_nfe(nfe: int | None) -> int:
     return calls
 
 
-def _checked_shape(shape: Sequence[int] | None) -> tuple[int, ...]:
+def checked_shape(shape: Sequence[int] | None) -> tuple[int, ...]:
+    """The sizes [B, *event] of a state; raises `ShapeError` for anything else."""
     listed = shape.tolist() if isinstance(shape, Tensor | np.ndarray) else shape
     try:
         if isinstance(listed, str):
@@ -397,7 +405,7 @@ def _checked_shape(shape: Sequence[int] | None) -> tuple[int, ...]:
     return sizes
 
 
-def _checked_place(
+def checked_place(
     dtype: torch.dtype | None, device: torch.device | str | None
 ) -> tuple[torch.dtype | None, torch.device | None]:
     """A dtype and a device that exist here."""

@@ -19,6 +19,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from scoresolve.conditions import may_differ, unmarked
 from scoresolve.driving import device_of
 from scoresolve.errors import (
     ArgumentError,
@@ -162,27 +163,24 @@ def measure_scale_and_mismatch(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     **cond: Any,
-) -> tuple[float | None, PriorMismatch]:
-    """What `measure_scale` and `prior_mismatch` say, by one call on 8 * pairs states.
+) -> tuple[float, PriorMismatch]:
+    """What `measure_scale` and `prior_mismatch` say, by the one call of the former.
+
+    The highest level asked is that of T, or lies so far above the data that T follows from it.
 
     Args:
         score, sde, event, pairs, seed, dtype, device, cond: as in `measure_scale`.
 
     Returns:
-        The scale, None where there is no positive variance, and the mismatch.
+        The scale and the mismatch.
 
     Raises:
-        ArgumentError: the process is not Gaussian.
+        ArgumentError: as for `measure_scale`.
         ShapeError: an event of no elements.
     """
-    asked = _ask(score, sde, event, (*LEVELS, math.inf), pairs, seed, dtype, device, cond)
-    low = _Answers(asked.levels[:-1], asked.z, asked.x0[:-1])
+    asked = _ask(score, sde, event, LEVELS, pairs, seed, dtype, device, cond)
     last = _Answers(asked.levels[-1:], asked.z, asked.x0[-1:])
-    try:
-        scale: float | None = _scale(low)
-    except _NoScale:
-        scale = None
-    return scale, _mismatch(last, sde)
+    return _scale(asked), _mismatch(last, sde)
 
 
 class _NoScale(ArgumentError):
@@ -283,8 +281,8 @@ def _mismatch(asked: _Answers, sde: GaussianSDE) -> PriorMismatch:
 
 def scale_within(
     nfe: int, model: Model, sde: GaussianSDE, like: Tensor, cond: dict[str, Any]
-) -> tuple[float | None, int]:
-    """The scale of the model's data, and the calls spent on it out of a budget of `nfe`.
+) -> tuple[float | None, PriorMismatch | None, int]:
+    """The scale of the model's data, what is left of them at T, and the calls spent on both.
 
     What the model knows itself costs nothing. Else it is measured by one call if the budget is
     at least `LEAST_BUDGET`. Conditions that differ from sample to sample forbid that: a sample
@@ -297,12 +295,11 @@ def scale_within(
         cond: conditions passed on to the model.
 
     Returns:
-        The scale, None if it is not known, and the calls made, 0 or 1.
+        The scale and the mismatch, None if they are not known, and the calls made, 0 or 1.
     """
-    own = any(isinstance(value, Tensor) and value.ndim for value in cond.values())
-    if model.data_scale is not None or own or nfe < LEAST_BUDGET:
-        return model.data_scale, 0
-    return measured_or_none(model, sde, like, cond, stacklevel=4), 1
+    if model.data_scale is not None or may_differ(cond) or nfe < LEAST_BUDGET:
+        return model.data_scale, None, 0
+    return *(measured_or_none(model, sde, like, cond, stacklevel=4) or (None, None)), 1
 
 
 def measured_or_none(
@@ -313,8 +310,8 @@ def measured_or_none(
     *,
     pairs: int | None = None,
     stacklevel: int = 3,
-) -> float | None:
-    """The measured scale, or None, with a warning, if it is not to be had.
+) -> tuple[float, PriorMismatch] | None:
+    """The measured scale and mismatch, or None, with a warning, if it is not to be had.
 
     That is where the answers are those of no data, and where a network refuses so many rows with a
     RuntimeError, as one compiled for its batch or out of memory does. All else that a model raises
@@ -326,14 +323,14 @@ def measured_or_none(
         stacklevel: of the warning.
     """
     try:
-        return measure_scale(
+        return measure_scale_and_mismatch(
             model,
             sde,
             like.shape[1:],
             pairs=pairs,
             dtype=like.dtype,
             device=like.device,
-            **cond,
+            **unmarked(cond),
         )
     except (_NoScale, RuntimeError) as error:
         if isinstance(error, ScoresolveError) and not isinstance(error, _NoScale):

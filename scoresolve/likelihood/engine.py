@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from scoresolve.conditions import may_differ
 from scoresolve.divergence import Differentiator
 from scoresolve.driving import Engine, Part
 from scoresolve.errors import ModelWarning, Status, row_status
@@ -91,15 +92,16 @@ def data_std(
     """
     size = math.prod(like.shape[1:])
     scale, spent = model.data_scale, 0
-    if scale is None and not _own(cond):
+    if scale is None and not may_differ(cond):
         pairs = max(4, min(64, 96 // size))
-        scale = measured_or_none(model, sde, like, cond, pairs=pairs, stacklevel=7)
+        scale, _ = measured_or_none(model, sde, like, cond, pairs=pairs, stacklevel=7) or (None, 0)
         spent = 6 * pairs
     if scale_hidden(model, cond):
         warnings.warn(
             f"conditions differ from sample to sample and the model has no data_scale, so data of "
             f"standard deviation {UNKNOWN_STD:g} are assumed, and nodes may lie badly: set "
-            "data_scale, as measure_scale gives it for one condition",
+            "data_scale, as measure_scale gives it for one condition, or mark what all samples "
+            "share with ss.shared(...)",
             ModelWarning,
             stacklevel=5,
         )
@@ -126,7 +128,7 @@ def fly_pilot(
         cond: conditions.
         differentiator: takes the products.
     """
-    if _own(cond):
+    if may_differ(cond):
         return None
     nodes = place_nodes(sde, c, PILOT_NODES, *ends, single=like.dtype != torch.float64)
     z = Philox(0).normal(like.new_empty(PILOT_ROWS, *like.shape[1:]), 0, Purpose.START)
@@ -267,9 +269,4 @@ class PathEngine(Engine):
 
 def scale_hidden(model: Model, cond: dict[str, Any]) -> bool:
     """Whether conditions that differ among samples hide the scale of the data."""
-    return model.data_scale is None and _own(cond)
-
-
-def _own(cond: dict[str, Any]) -> bool:
-    """Whether some condition may differ from sample to sample."""
-    return any(isinstance(value, Tensor) and value.ndim for value in cond.values())
+    return model.data_scale is None and may_differ(cond)

@@ -20,9 +20,11 @@ from scoresolve.driving import (
     Engine,
     Given,
     Samples,
+    check_call,
     device_of,
     drive,
     failure,
+    settle,
     warn_of_dropout,
 )
 from scoresolve.errors import (
@@ -52,7 +54,7 @@ from scoresolve.likelihood.result import ErrorBudget, Likelihood
 from scoresolve.models import Model, as_model
 from scoresolve.noise import NoiseSource, Purpose, as_noise
 from scoresolve.plans import check_state
-from scoresolve.sampling import Times
+from scoresolve.sampling import Times, checked_place, checked_shape
 from scoresolve.sde import (
     SDE,
     VP,
@@ -62,6 +64,7 @@ from scoresolve.sde import (
     RectifiedFlow,
     SubVP,
     check_prior,
+    check_process,
     prior_scale,
 )
 from scoresolve.solvers import Integrator, Solver, get_solver
@@ -176,8 +179,11 @@ def log_likelihood(
         (1806.07366), eq. 8; Grathwohl et al. 2019 (1810.01367), section 3.1. Nodes, quadrature
         and probes of the default are this package's.
     """
+    check_process(sde)
     check_prior(sde, prior)
     _check_data(x)
+    check_process(sde, x)
+    check_call(score, cond, log_likelihood)
     size = math.prod(x.shape[1:])
     if dequantise is not None:
         dequantise = real_number("dequantise", dequantise, above=0)
@@ -201,6 +207,7 @@ def log_likelihood(
     with torch.inference_mode(False), torch.no_grad():
         width = dequantise or 0.0
         data = x + width * task.source.uniform(x, 0, Purpose.DEQUANTISE) if width else x.clone()
+        task = task.settled(Given(data))
         result = task.solve(way, data, prior)
     result = replace(result, bin_width=dequantise)
     return _finish(result, raise_on_failure)
@@ -255,6 +262,8 @@ def sample_with_log_prob(
         ShapeError, GridError, UnknownNameError, SolveError: as for `log_likelihood`; also for
             times that increase.
     """
+    check_process(sde)
+    check_call(score, cond, sample_with_log_prob)
     if (shape is None) == (x is None):
         raise ArgumentError("give either shape=[B, *event] or a start x=, not both")
     if x is None and (prior is not None or not sde.has_prior):
@@ -264,9 +273,8 @@ def sample_with_log_prob(
         raise ArgumentError("dtype= and device= go with shape=: x= has its own")
     check_prior(sde, prior)
     if x is None:
-        sizes = tuple(whole_number("size", size) for size in shape or ())
-        if not sizes:
-            raise ShapeError("shape is empty: give [B, *event]")
+        sizes = checked_shape(shape)
+        dtype, device = checked_place(dtype, device)
     else:
         _check_data(x)
         sizes = tuple(x.shape)
@@ -297,6 +305,7 @@ def sample_with_log_prob(
                     start = start * prior_scale(sde, way.times[0])
         else:
             start = x.clone()
+        task = task.settled(Given(start))
         result = task.solve(way, start, prior)
     return _finish(result, raise_on_failure)
 
@@ -367,6 +376,10 @@ class _Task:
     chunk: int | None
     progress: bool
     cond: dict[str, Any]
+
+    def settled(self, start: Given) -> _Task:
+        """The same pass with the conditions told apart that each sample has and that all share."""
+        return replace(self, cond=settle(self.cond, self.model, start, self.ends[1]))
 
     def way(
         self,

@@ -66,7 +66,9 @@ def check_state(x: Tensor) -> None:
     if x.ndim < 1:
         raise ShapeError("the state has no batch axis: give a tensor [B, *event]")
     if 0 in x.shape[1:]:
-        raise ShapeError(f"the state has shape {tuple(x.shape)}: its samples have no elements")
+        raise ShapeError(
+            f"the state has shape {tuple(x.shape)}, so no elements: give samples that have some"
+        )
 
 
 def model_time(t: float | Sequence[float], x: Tensor) -> Tensor:
