@@ -65,6 +65,7 @@ def fences(path: Path) -> list[str]:
     return [language.strip() for language in opened if not language.startswith("{")]
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if {"python", "console"} & set(fences(page))], ids=relative
 )
