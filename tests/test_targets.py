@@ -811,6 +811,8 @@ def test_bad_mixtures_are_refused_with_the_reason(arguments, error, message):
         (lambda m: LowRank(torch.ones(2, 3), torch.ones(2)), ShapeError, r"\[K, D, R\]"),
         (lambda m: LowRank(torch.ones(2, 3, 1), torch.ones(3)), ShapeError, r"give \(2,\)"),
         (lambda m: LowRank(torch.ones(2, 3, 1), -torch.ones(2)), ArgumentError, "holds -1"),
+        (lambda m: LowRank([[[1.0]]], torch.ones(1)), ArgumentError, "factor is list"),
+        (lambda m: LowRank(torch.ones(1, 1, 1), torch.ones(1).int()), ArgumentError, "int32"),
         (lambda m: ring(0), ArgumentError, "components = 0"),
         (lambda m: random_mixture(2, stds=(1.0, 0.5)), ArgumentError, "low <= high"),
     ],

@@ -33,13 +33,17 @@ class LowRank(Covariance[Tensor]):
 
     Raises:
         ShapeError: `factor` or `diagonal` has another shape.
-        ArgumentError: `diagonal` is negative.
+        ArgumentError: `diagonal` is negative, or one is no floating tensor.
     """
 
     factor: Tensor
     diagonal: Tensor
 
     def __post_init__(self) -> None:
+        for name, given in (("factor", self.factor), ("diagonal", self.diagonal)):
+            if not (isinstance(given, Tensor) and given.is_floating_point()):
+                kind = given.dtype if isinstance(given, Tensor) else type(given).__name__
+                raise ArgumentError(f"{name} is {kind}: give a floating tensor")
         shape = tuple(self.factor.shape)
         if len(shape) != 3 or shape[2] < 1:
             raise ShapeError(f"factor of shape {shape}: give [K, D, R] with R >= 1")

@@ -38,9 +38,9 @@ __all__ = ["Components", "MixtureModel", "Point", "Posterior"]
 
 Result = TypeVar("Result")
 
-# Rows of a part: a multiple of the blocks of `product`, with about so many elements [B, K, D] that
-# a cache holds them.
-_ROWS, _PART = 256, 2**9
+# Rows of a part are a multiple of the first number, with about the product of both as elements
+# [B, K, D], so that a core's cache holds them; shorter parts pay for their calls.
+_ROWS, _PART = 192, 2**9
 # From here on torch shares a sum among threads (GRAIN_SIZE of ATen).
 _GRAIN: Final = 2**15
 
