@@ -338,6 +338,7 @@ def test_an_event_of_the_sde_is_a_crossing_of_its_path(kind: type[Adaptive]) -> 
         torch.testing.assert_close(plain.path(t)[row], met.x[row], rtol=0, atol=1e-3)
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("kind", SOLVERS)
 def test_coupled_rows_of_the_sde_make_one_step_under_the_control_given(
     kind: type[Adaptive],
@@ -346,7 +347,8 @@ def test_coupled_rows_of_the_sde_make_one_step_under_the_control_given(
     together = run(kind, 0.05, sde, 1.0, x, coupled=True)
     assert len(set(together.accepted.tolist())) == len(set(together.rejected.tolist())) == 1
     slow = run(kind, 0.05, sde, 1.0, x, coupled=True, control=(0.0, 0.1, 0.0))
-    assert (slow.accepted + slow.rejected != together.accepted + together.rejected).all()
+    # either count may meet by chance, both would be the same control
+    assert ((slow.accepted != together.accepted) | (slow.rejected != together.rejected)).all()
 
 
 # What rounding may do

@@ -71,6 +71,7 @@ def test_annealed_langevin_is_the_published_loop() -> None:
 # Inverse temperatures
 
 
+@pytest.mark.arithmetic
 def test_simulated_annealing_finds_the_global_minimum() -> None:
     """A rugged bowl: local minima 2.1 apart, the least at 0, from starts far away."""
     rugged = ss.from_energy(lambda x, t: (0.15 * x.square() + 1 - torch.cos(3 * x)).sum(1))
@@ -88,7 +89,8 @@ def test_simulated_annealing_finds_the_global_minimum() -> None:
     torch.testing.assert_close(out.value, -rugged.energy(out.x, out.x), rtol=1e-9, atol=1e-9)
     found = float((out.x.abs().amax(1) < 0.3).double().mean())
     quench = ss.simulated_annealing(rugged, [16.0], x=x, kernel=HMC(0.07, 3), steps=len(betas) * 10)
-    assert found > 0.7 > 0.1 > float((quench.x.abs().amax(1) < 0.3).double().mean())
+    # 3000 chains find 0.76 and 0.032: a share of 100 is within 4 deviations of 0.043 and 0.018
+    assert found > 0.58 > 0.11 > float((quench.x.abs().amax(1) < 0.3).double().mean())
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 2.0])

@@ -23,6 +23,8 @@ ROOT = Path(__file__).parents[1]
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE | NUMBER
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 MODULES = sorted(ROOT.glob("scoresolve/**/*.py"))
+# Pages that print what hangs on the rounding of a machine.
+FIGURES = {"distances", "kernels", "noise"}
 # Languages of blocks that are shown and not run.
 SHOWN = {"", "sh", "text", "toml", "math"}
 
@@ -66,7 +68,13 @@ def fences(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if {"python", "console"} & set(fences(page))], ids=relative
+    "page",
+    [
+        pytest.param(page, marks=[pytest.mark.arithmetic] if page.stem in FIGURES else [])
+        for page in PAGES
+        if {"python", "console"} & set(fences(page))
+    ],
+    ids=relative,
 )
 def test_the_code_of_the_page_runs(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

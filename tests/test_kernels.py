@@ -674,6 +674,7 @@ def test_a_tilted_base_may_be_the_last_rung() -> None:
     assert z.abs().max() < 4
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("kernel", [MALA(0.5), HMC(0.5, 2)])
 def test_an_adjusted_corrector_leaves_the_marginal_invariant(kernel: Kernel) -> None:
     sde, t = ss.VP(), 0.3

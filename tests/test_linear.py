@@ -115,6 +115,21 @@ def test_the_density_is_that_of_the_mixture_of_all_parts(sde: LinearSDE) -> None
     torch.testing.assert_close(model(x.reshape(20, m, 2), times), rows)
 
 
+@pytest.mark.arithmetic
+@pytest.mark.parametrize("sde", [CLD, THREE])
+def test_a_row_does_not_hang_on_its_batch(sde: LinearSDE) -> None:
+    """To the bit at one time; at a time a row, to the rounding of the process's own transitions."""
+    x = ss.Philox(0).normal(torch.empty(130, sde.parts, 5, dtype=torch.float64), 0)
+    model = ss.targets.random_mixture(5, 3).score_model(sde)
+    times = torch.linspace(0.1, 0.9, 130, dtype=torch.float64) * sde.T
+    score, timed = model(x, 0.3), model(x, times)
+    for part in (slice(0, 1), slice(7, 14), slice(1, 130)):
+        assert torch.equal(model(x[part], 0.3), score[part])
+        assert torch.equal(model.log_prob(x[part], 0.3), model.log_prob(x, 0.3)[part])
+        torch.testing.assert_close(model(x[part], times[part]), timed[part], rtol=1e-9, atol=1e-9)
+    assert torch.equal(model(x, times[:, None, None]), timed)
+
+
 def test_the_density_obeys_the_fokker_planck_equation() -> None:
     model, t, h = MIXTURE.score_model(CLD), 0.2, 1e-4
     u = torch.randn(6, 2, 2, dtype=F64, generator=torch.Generator().manual_seed(2))

@@ -442,6 +442,7 @@ def test_sampling_upwards_with_noise_is_refused(name: str) -> None:
 # --- failures on the way -------------------------------------------------------------------------
 
 
+@pytest.mark.arithmetic
 @every_kind
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_row_that_fails_is_told_and_spoils_no_neighbour(solver: str, value: float) -> None:

@@ -606,7 +606,7 @@ def test_flow_forms_follow_the_flow_of_a_nonlinear_process_in_their_order(name: 
 def test_stochastic_solvers_on_a_nonlinear_drift_are_the_loop_written_out(name: str) -> None:
     sde, times = BenesSDE(), (1.2, 0.9, 0.7, 0.4)
     first = 0 if times[0] == sde.T else first_draw(times[0])
-    begin = 0 if sde.T == times[0] else first_draw(times[0])
+    begin = 0 if times[0] == sde.T else first_draw(times[0])
     x, noise = normal(generator(0), 3, 2), Philox(5)
 
     def reverse(y: Tensor, t: float) -> Tensor:

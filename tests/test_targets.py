@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -365,6 +367,124 @@ def test_samples_do_not_depend_on_how_they_are_batched(kind):
     assert not torch.equal(mix.sample(11, seed=6), whole)
 
 
+# rows and their batch
+
+
+SPLITS = [(0, 1), (7, 14), (13, 130), (1, 300)]
+
+
+@pytest.mark.arithmetic
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("sizes", [(0, 2, 2), (2, 3, 5), (3, 10, 16)])
+@every_kind
+def test_a_row_has_the_same_bits_in_any_batch(kind, sizes, dtype):
+    mix = Case(kind, sizes).mix.to(dtype)
+    x = (2 * normal(generator(9), 300, sizes[2])).to(dtype)
+    times = torch.linspace(0.1, 0.9, 300, dtype=torch.float64)
+    for sde in (VP(), EDM()):
+        model = mix.score_model(sde)
+        for t in (0.3 * sde.T, times * sde.T, torch.tensor(0.3 * sde.T).expand(300)):
+
+            def read(part: slice, model: Any = model, t: Any = t) -> list[Tensor]:
+                rows, time = x[part], t[part] if isinstance(t, Tensor) else t
+                found = [model.predict(name, rows, time) for name in ("score", "x0")]
+                found += [model.log_prob(rows, time), model.divergence(rows, time)]
+                return [*found, mix.log_prob(rows), mix.score(rows)]
+
+            whole = read(slice(None))
+            for first, last in SPLITS:
+                for one, other in zip(whole, read(slice(first, last)), strict=True):
+                    assert torch.equal(one[first:last], other)
+
+
+@pytest.mark.arithmetic
+def test_a_sum_that_threads_share_is_the_same_for_a_row_alone():
+    data = GaussianMixture.from_data(normal(generator(0), 2**15, 2))
+    model, x = data.score_model(VP()), normal(generator(1), 3, 2)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert torch.equal(model(x, 0.5)[:1], model(x[:1], 0.5))
+        assert torch.equal(model.log_prob(x, 0.5)[:1], model.log_prob(x[:1], 0.5))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@every_kind
+@pytest.mark.parametrize("axes", [1, 3])
+def test_a_column_of_times_is_one_time_a_row(kind, axes):
+    case = Case(kind, (0, 3, 3))
+    model, t = case.mix.score_model(RectifiedFlow()), torch.linspace(0.1, 0.9, 6).double()
+    column = t.reshape(6, *(1,) * axes)
+    assert torch.equal(model.predict("x0", case.x, column), model.predict("x0", case.x, t))
+    assert torch.equal(model.log_prob(case.x, column), model.log_prob(case.x, t))
+
+
+@pytest.mark.arithmetic
+def test_samples_do_not_hang_on_the_choice_of_eigenvectors(monkeypatch):
+    matrices = Case("full", (0, 3, 4)).matrices
+    mean = torch.zeros(3, 4, dtype=torch.float64)
+    honest = GaussianMixture(torch.ones(3), mean, matrices).sample(50)
+    eigh = torch.linalg.eigh
+
+    def mirrored(a: Tensor) -> tuple[Tensor, Tensor]:
+        values, vectors = eigh(a)
+        return values, vectors * torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=torch.float64)
+
+    monkeypatch.setattr(torch.linalg, "eigh", mirrored)
+    close(GaussianMixture(torch.ones(3), mean, matrices).sample(50), honest, 0, 1e-12)
+
+
+# where it runs
+
+
+@every_kind
+def test_autocast_takes_no_digit(kind):
+    mix = Case(kind, (0, 3, 8)).mix.to(torch.float32)
+    x = (2 * normal(generator(1), 6, 8)).float()
+    model, operator = mix.score_model(VP()), torch.eye(8)[:2]
+
+    def read() -> list[Tensor]:
+        measured = mix.condition(operator, torch.zeros(2), 0.5)
+        found = [mix.sample(5), mix.covariance, mix.log_prob(x), measured.means]
+        return [*found, model(x, 0.3), model.posterior(x, 0.3).covariance]
+
+    outside = read()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = read()
+    assert all(map(torch.equal, outside, inside))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_targets_are_made_under_any_default_dtype_and_on_the_meta_device(dtype):
+    def made() -> list[GaussianMixture]:
+        return [ring(), random_mixture(3), gaussian([0.0, 1.0], [[2.0, 0.5], [0.5, 1.0]])]
+
+    expected, before = made(), torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    torch.set_default_device("meta")
+    try:
+        found = made()
+        drawn = [(mix.sample(3), mix.score(mix.means), mix.covariances) for mix in found]
+    finally:
+        torch.set_default_dtype(before)
+        torch.set_default_device(None)
+    for mix, other, values in zip(expected, found, drawn, strict=True):
+        assert other.means.device.type == "cpu" and other.means.dtype == torch.float64
+        assert torch.equal(values[0], mix.sample(3)) and torch.equal(values[2], mix.covariances)
+
+
+@every_kind
+def test_copies_and_pickles_say_the_same(kind):
+    case = Case(kind, (0, 3, 3))
+    model = case.mix.score_model(VP())
+    model(case.x.float(), 0.3)  # leaves a cast behind
+    for twin in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert torch.equal(twin(case.x, 0.3), model(case.x, 0.3))
+    twin = pickle.loads(pickle.dumps(case.mix))
+    assert torch.equal(twin.sample(3), case.mix.sample(3))
+
+
 # kinds, dtypes, shapes
 
 
@@ -478,7 +598,7 @@ class _Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "full"])
 def test_light_kinds_form_no_square_matrices(kind):
-    k, d, b = 3, 400, 8
+    k, d, b = 3, 400, 256
     case = Case(kind, (0, k, d))
     model, x = case.mix.score_model(VP()), 2 * normal(generator(0), b, d)
     for t in (0.5, torch.linspace(0.1, 0.9, b)):
@@ -640,6 +760,12 @@ NEGATIVE = torch.tensor([[1.0, 2.0], [2.0, 1.0]])
         (([1, 1], TWO, torch.ones(3, 3)), ShapeError, r"covariances of shape \(3, 3\)"),
         (([1, 1], TWO, [1.0, -0.5]), ArgumentError, "a variance is -0.5"),
         (([1, 1], TWO, EYES * math.inf), ArgumentError, "covariances hold values"),
+        (([1, math.nan], TWO, 1.0), ArgumentError, "weights hold values"),
+        (([1, 1], torch.ones(2, 0), 1.0), ShapeError, r"give \[K, \*event\]"),
+        (([1, 1], torch.eye(2).to_sparse(), 1.0), ArgumentError, "give a dense tensor"),
+        (([1, 1], torch.ones(2, 3, device="meta"), 1.0), ArgumentError, "on the meta device"),
+        (([1, 1], [[0.0], [1.0, 2.0]], 1.0), ArgumentError, "means are no array of numbers"),
+        (([1, 1], TWO, "diagonal"), ArgumentError, "covariances are no array of numbers"),
         (([1], [[0, 0]], SKEW[None]), ArgumentError, "covariance 0 differs from its transpose"),
         (([1], [[0, 0]], NEGATIVE[None]), ArgumentError, "covariance 0 has the eigenvalue -1"),
         (
@@ -664,7 +790,7 @@ def test_bad_mixtures_are_refused_with_the_reason(arguments, error, message):
         (lambda m: m.marginal(VP(), torch.zeros(2)), ShapeError, "one time"),
         (lambda m: m.score_model(Langevin(m.score)), ArgumentError, "Gaussian process"),
         (lambda m: _model(m)(torch.zeros(3, 2), torch.zeros(2)), ShapeError, "one for each row"),
-        (lambda m: _model(m)(torch.zeros(3, 2), torch.zeros(3, 1)), ShapeError, "one time"),
+        (lambda m: _model(m)(torch.zeros(3, 2), torch.zeros(3, 2)), ShapeError, "one time"),
         (lambda m: _model(m)(torch.zeros(3, 2), 0.5, label=1), ArgumentError, "got label"),
         (
             lambda m: _model(m).predict("noise", torch.zeros(3, 2), 0.5),
@@ -685,6 +811,8 @@ def test_bad_mixtures_are_refused_with_the_reason(arguments, error, message):
         (lambda m: LowRank(torch.ones(2, 3), torch.ones(2)), ShapeError, r"\[K, D, R\]"),
         (lambda m: LowRank(torch.ones(2, 3, 1), torch.ones(3)), ShapeError, r"give \(2,\)"),
         (lambda m: LowRank(torch.ones(2, 3, 1), -torch.ones(2)), ArgumentError, "holds -1"),
+        (lambda m: LowRank([[[1.0]]], torch.ones(1)), ArgumentError, "factor is list"),
+        (lambda m: LowRank(torch.ones(1, 1, 1), torch.ones(1).int()), ArgumentError, "int32"),
         (lambda m: ring(0), ArgumentError, "components = 0"),
         (lambda m: random_mixture(2, stds=(1.0, 0.5)), ArgumentError, "low <= high"),
     ],

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from scoresolve.errors import ArgumentError, ShapeError, real_number, whole_number
 from scoresolve.noise import NoiseSource, Philox, Purpose
+from scoresolve.targets.rows import product
 
 __all__ = ["BinaryLaw", "BitMixture", "HiddenMarkovBits", "heartbeat"]
 
@@ -179,7 +180,7 @@ class HiddenMarkovBits(BinaryLaw):
         for i in reversed(range(self.length)):
             states = ahead[i] * after
             found.append((states * ones[i]).sum(1) / states.sum(1))
-            after = (after * seen[i]) @ self.transition.mT
+            after = product(after * seen[i], self.transition.mT)
             after = after / after.amax(1, keepdim=True)
         return torch.stack(found[::-1], 1)
 
@@ -209,7 +210,7 @@ class HiddenMarkovBits(BinaryLaw):
             mass = joint.sum(1, keepdim=True)
             total = total + mass[:, 0].log()
             found.append(joint / mass.clamp(min=math.ulp(0.0)))
-            state = found[-1] @ self.transition
+            state = product(found[-1], self.transition)
         return found, total
 
 

@@ -5,7 +5,8 @@ With V_k = alpha^2 Sigma_k + sigma^2 I and y_k = V_k^-1 (x - alpha mu_k), all th
     quadratic_k = (x - alpha mu_k)^T y_k,   log det V_k,   sum_k w_k (a Sigma_k + b I) y_k.
 
 Each kind factorises its matrices once, so that this costs matrix products alone at any alpha and
-sigma. Batches run along the last axis, [K, D, B], and alpha, sigma, a, b are [] or [B].
+sigma. Batches run along the first axis, [B, K, D], and alpha, sigma, a, b are [] or [B]. All of it
+is made of what `rows` offers, so that a row does not depend on its batch.
 """
 
 from __future__ import annotations
@@ -13,16 +14,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Generic, NamedTuple, Self, TypeGuard, TypeVar
+from typing import Generic, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from scoresolve.errors import ArgumentError
+from scoresolve.targets.rows import Number, across, each_product, is_timed, last_sum, product
 
-__all__ = ["Covariance", "Diagonal", "Full", "Isotropic", "Number", "Resolvent"]
+__all__ = ["Covariance", "Diagonal", "Full", "Isotropic", "Resolvent"]
 
-Number = float | Tensor
 Centres = TypeVar("Centres")
 
 
@@ -30,8 +31,8 @@ class Resolvent(ABC):
     """y_k = (alpha^2 Sigma_k + sigma^2 I)^-1 (x - alpha mu_k) for every component and sample.
 
     Attributes:
-        quadratic: (x - alpha mu_k)^T y_k, [K, B].
-        log_det: log det(alpha^2 Sigma_k + sigma^2 I), [K, 1] or [K, B].
+        quadratic: (x - alpha mu_k)^T y_k, [B, K].
+        log_det: log det(alpha^2 Sigma_k + sigma^2 I), [K] or [B, K].
     """
 
     quadratic: Tensor
@@ -39,19 +40,19 @@ class Resolvent(ABC):
 
     @abstractmethod
     def combine(self, weights: Tensor, a: Number, b: Number) -> Tensor:
-        """sum_k w_k (a Sigma_k + b I) y_k, [B, D], for `weights` [K, B]."""
+        """sum_k w_k (a Sigma_k + b I) y_k, [B, D], for `weights` [B, K]."""
 
     @abstractmethod
     def components(self, a: Number, b: Number) -> Tensor:
-        """(a Sigma_k + b I) y_k, [K, D, B]."""
+        """(a Sigma_k + b I) y_k, [B, K, D]."""
 
     @abstractmethod
     def square_norm(self) -> Tensor:
-        """|y_k|^2, [K, B]."""
+        """|y_k|^2, [B, K]."""
 
     @abstractmethod
     def trace(self) -> Tensor:
-        """tr (alpha^2 Sigma_k + sigma^2 I)^-1, [K, 1] or [K, B]."""
+        """tr (alpha^2 Sigma_k + sigma^2 I)^-1, [K] or [B, K]."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,12 +97,13 @@ class Covariance(ABC, Generic[Centres]):
     def dense(self, means: Tensor) -> Tensor:
         """All the matrices, [K, D, D]; `means` [K, D] gives the shape, dtype and device."""
         blocks = self.inverses(means, 0.0, 1.0)
-        return torch.cat([block.components(1.0, 0.0) for block in blocks], 2)
+        return torch.cat([block.components(1.0, 0.0).permute(1, 2, 0) for block in blocks], 2)
 
     def average(self, weights: Tensor, means: Tensor) -> Tensor:
         """sum_k w_k Sigma_k, [D, D], for `weights` [K]; `means` as for `dense`."""
         blocks = self.inverses(means, 0.0, 1.0)
-        return torch.cat([block.combine(weights[:, None], 1.0, 0.0) for block in blocks])
+        rows = (block.combine(weights.expand_as(block.quadratic), 1.0, 0.0) for block in blocks)
+        return torch.cat(list(rows))
 
     def inverses(self, means: Tensor, alpha: Number, sigma: Number) -> Iterator[Resolvent]:
         """V_k^-1 itself: its columns, y_k for x - alpha mu_k = e_j, in blocks that bound memory.
@@ -116,7 +118,7 @@ class Covariance(ABC, Generic[Centres]):
         centres = self.centres(torch.zeros_like(means))
         rows = alpha.shape[0] if is_timed(alpha) else 1
         size = max(1, 2**24 // (means.numel() * rows))
-        identity = torch.eye(means.shape[1]).to(means)
+        identity = torch.eye(means.shape[1], dtype=means.dtype, device=means.device)
         for start in range(0, len(identity), size):
             block = identity[start : start + size]
             levels = (repeat_rows(level, len(block)) for level in (alpha, sigma))
@@ -131,7 +133,7 @@ class _Spectral(Covariance[Tensor]):
 
     @abstractmethod
     def synthesise(self, coordinates: Tensor) -> Tensor:
-        """Coordinates [K, D, B] in each basis to vectors [K, D, B]."""
+        """Coordinates [B, K, D] in each basis to vectors [B, K, D]."""
 
     @abstractmethod
     def gather(self, coordinates: Tensor) -> Tensor:
@@ -151,25 +153,28 @@ class _Spectral(Covariance[Tensor]):
 
 class _SpectralResolvent(Resolvent):
     def __init__(self, kind: _Spectral, residual: Tensor, alpha: Number, sigma: Number) -> None:
-        self.kind, self.values = kind, kind.values[..., None]
-        self.shifted = alpha**2 * self.values + sigma**2
+        self.kind, self.values = kind, kind.values
+        self.shifted = across(alpha**2, 2) * self.values + across(sigma**2, 2)
         self.y = residual / self.shifted
-        self.quadratic = (residual * self.y).sum(1)
-        self.log_det = self.shifted.log().sum(1)
+        self.quadratic = last_sum(residual * self.y)
+        self.log_det = last_sum(self.shifted.log())
 
     def combine(self, weights: Tensor, a: Number, b: Number) -> Tensor:
         if isinstance(a, float) and a == 0:
-            return self.kind.gather(self.y * (b * weights)[:, None])
-        return self.kind.gather((a * self.values + b) * self.y * weights[:, None])
+            return self.kind.gather(self.y * (across(b, 1) * weights)[..., None])
+        return self.kind.gather(self._gain(a, b) * self.y * weights[..., None])
 
     def components(self, a: Number, b: Number) -> Tensor:
-        return self.kind.synthesise((a * self.values + b) * self.y)
+        return self.kind.synthesise(self._gain(a, b) * self.y)
 
     def square_norm(self) -> Tensor:
-        return self.y.square().sum(1)
+        return last_sum(self.y.square())
 
     def trace(self) -> Tensor:
-        return self.shifted.reciprocal().sum(1)
+        return last_sum(self.shifted.reciprocal())
+
+    def _gain(self, a: Number, b: Number) -> Tensor:
+        return across(a, 2) * self.values + across(b, 2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,21 +218,22 @@ class Full(_Spectral):
         return cls(torch.where(values > rounding, values, 0.0), vectors.mT.contiguous())
 
     def centres(self, means: Tensor) -> Tensor:
-        return (self.basis @ means[..., None]).flatten(0, 1)
+        return (self.basis @ means[..., None])[..., 0]
 
     def at(self, x: Tensor, centres: Tensor, alpha: Number, sigma: Number) -> Resolvent:
-        residual = torch.addmm(alpha * centres, self.basis.flatten(0, 1), x.mT, beta=-1)
-        shape = (*self.values.shape, x.shape[0])
-        return _SpectralResolvent(self, residual.reshape(shape), alpha, sigma)
+        coordinates = product(x, self.basis.flatten(0, 1).mT).reshape(len(x), *self.values.shape)
+        return _SpectralResolvent(self, coordinates - across(alpha, 2) * centres, alpha, sigma)
 
     def synthesise(self, coordinates: Tensor) -> Tensor:
-        return self.basis.mT @ coordinates
+        return each_product(coordinates, self.basis)
 
     def gather(self, coordinates: Tensor) -> Tensor:
-        return coordinates.flatten(0, 1).mT @ self.basis.flatten(0, 1)
+        return product(coordinates.flatten(1), self.basis.flatten(0, 1))
 
     def colour(self, index: Tensor, z: Tensor) -> Tensor:
-        return grouped_matmul(index, z * self.values[index].sqrt(), self.basis)
+        # The symmetric root alone does not hang on the signs and the order of the eigenvectors.
+        root = (self.basis.mT * self.values.sqrt()[:, None]) @ self.basis
+        return grouped_product(index, z, root)
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,23 +241,23 @@ class Diagonal(_Spectral):
     """Sigma_k = diag(values_k), with `values` [K, D], >= 0."""
 
     def centres(self, means: Tensor) -> Tensor:
-        return means[..., None]
+        return means
 
     def at(self, x: Tensor, centres: Tensor, alpha: Number, sigma: Number) -> Resolvent:
-        return _SpectralResolvent(self, x.mT.contiguous() - alpha * centres, alpha, sigma)
+        return _SpectralResolvent(self, x[:, None] - across(alpha, 2) * centres, alpha, sigma)
 
     def synthesise(self, coordinates: Tensor) -> Tensor:
         return coordinates
 
     def gather(self, coordinates: Tensor) -> Tensor:
-        return coordinates.sum(0).mT.contiguous()
+        return coordinates.sum(1)
 
     def colour(self, index: Tensor, z: Tensor) -> Tensor:
         return z * self.values[index].sqrt()
 
 
 class _Cloud(NamedTuple):
-    """Means as a common centre [1, D], offsets from it [K, D] and their squared norms [K, 1]."""
+    """Means as a common centre [1, D], offsets from it [K, D] and their squared norms [K]."""
 
     centre: Tensor
     offsets: Tensor
@@ -275,7 +281,7 @@ class Isotropic(Covariance[_Cloud]):
     def centres(self, means: Tensor) -> _Cloud:
         centre = means.mean(0, keepdim=True)
         offsets = means - centre
-        return _Cloud(centre, offsets, offsets.square().sum(1, keepdim=True))
+        return _Cloud(centre, offsets, last_sum(offsets.square()))
 
     def at(self, x: Tensor, centres: _Cloud, alpha: Number, sigma: Number) -> Resolvent:
         return _IsotropicResolvent(self, x, centres, alpha, sigma)
@@ -300,22 +306,24 @@ class _IsotropicResolvent(Resolvent):
         self, kind: Isotropic, x: Tensor, cloud: _Cloud, alpha: Number, sigma: Number
     ) -> None:
         self.alpha, self.offsets, self.dimension = alpha, cloud.offsets, kind.dimension
-        self.values = kind.values[:, None]
-        self.x = x - (alpha * cloud.centre.mT).mT
-        cross = cloud.offsets @ self.x.mT
-        square = self.x.square().sum(1)
-        self.shifted = alpha**2 * self.values + sigma**2
-        distance = square - 2 * alpha * cross + alpha**2 * cloud.norms
+        self.values = kind.values
+        scale, square_scale = across(alpha, 1), across(alpha**2, 1)
+        self.x = x - scale * cloud.centre
+        cross = product(self.x, cloud.offsets.mT)
+        square = last_sum(self.x.square())[:, None]
+        self.shifted = square_scale * self.values + across(sigma**2, 1)
+        distance = square - 2 * scale * cross + square_scale * cloud.norms
         self.quadratic = distance / self.shifted
         self.log_det = kind.dimension * self.shifted.log()
 
     def combine(self, weights: Tensor, a: Number, b: Number) -> Tensor:
-        weights = weights * ((a * self.values + b) / self.shifted)
-        return self.x * weights.sum(0)[:, None] - (self.alpha * weights).mT @ self.offsets
+        weights = weights * self._gain(a, b)
+        lost = product(across(self.alpha, 1) * weights, self.offsets)
+        return self.x * last_sum(weights)[:, None] - lost
 
     def components(self, a: Number, b: Number) -> Tensor:
-        gain = (a * self.values + b) / self.shifted
-        return gain[:, None] * (self.x.mT - self.alpha * self.offsets[..., None])
+        residual = self.x[:, None] - across(self.alpha, 2) * self.offsets
+        return self._gain(a, b)[..., None] * residual
 
     def square_norm(self) -> Tensor:
         return self.quadratic / self.shifted
@@ -323,10 +331,8 @@ class _IsotropicResolvent(Resolvent):
     def trace(self) -> Tensor:
         return self.dimension / self.shifted
 
-
-def is_timed(value: Number) -> TypeGuard[Tensor]:
-    """Whether a coefficient is [B], one value a sample, rather than one for all."""
-    return isinstance(value, Tensor) and value.ndim == 1
+    def _gain(self, a: Number, b: Number) -> Tensor:
+        return (across(a, 1) * self.values + across(b, 1)) / self.shifted
 
 
 def repeat_rows(value: Number, times: int) -> Number:
@@ -334,10 +340,10 @@ def repeat_rows(value: Number, times: int) -> Number:
     return value.repeat_interleave(times) if is_timed(value) else value
 
 
-def grouped_matmul(index: Tensor, rows: Tensor, matrices: Tensor) -> Tensor:
+def grouped_product(index: Tensor, rows: Tensor, matrices: Tensor) -> Tensor:
     """rows[i] @ matrices[index[i]], [n, D], one product for each matrix in use."""
     out = rows.new_empty(rows.shape[0], matrices.shape[2])
     for k in sorted(set(index.tolist())):
         chosen = index == k
-        out[chosen] = rows[chosen] @ matrices[k]
+        out[chosen] = product(rows[chosen], matrices[k])
     return out

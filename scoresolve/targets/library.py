@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
 
 from scoresolve.errors import ArgumentError
 from scoresolve.noise import Philox, Purpose
 from scoresolve.targets.low_rank import LowRank
-from scoresolve.targets.mixture import ArrayLike, GaussianMixture
+from scoresolve.targets.mixture import ArrayLike, GaussianMixture, as_tensor
+from scoresolve.targets.rows import full_precision
 
 __all__ = ["gaussian", "random_mixture", "ring"]
 
@@ -27,8 +27,8 @@ def gaussian(mean: ArrayLike, covariance: ArrayLike | LowRank) -> GaussianMixtur
         covariance: [D, D], [D], [*event], a number, or `LowRank` of one component.
     """
     if not isinstance(covariance, LowRank):
-        covariance = _tensor(covariance)[None]
-    return GaussianMixture([1.0], _tensor(mean)[None], covariance)
+        covariance = as_tensor("covariance", covariance)[None]
+    return GaussianMixture([1.0], as_tensor("mean", mean)[None], covariance)
 
 
 def ring(components: int = 8, radius: float = 4.0, std: float = 0.1) -> GaussianMixture:
@@ -44,11 +44,13 @@ def ring(components: int = 8, radius: float = 4.0, std: float = 0.1) -> Gaussian
     """
     if components < 1 or std < 0:
         raise ArgumentError(f"components = {components}, std = {std}: need >= 1 and >= 0")
-    angle = torch.arange(components, dtype=torch.float64) * (2 * math.pi / components)
+    places = [2 * math.pi * k / components for k in range(components)]
+    angle = as_tensor("angles", places)
     means = radius * torch.stack([angle.cos(), angle.sin()], 1)
     return GaussianMixture.from_data(means, std)
 
 
+@full_precision
 def random_mixture(
     dimension: int,
     components: int = 5,
@@ -75,7 +77,7 @@ def random_mixture(
             "need sizes of at least 1 and 0 < low <= high"
         )
     noise = Philox(seed)
-    vectors = torch.empty(components, dimension, dtype=torch.float64)
+    vectors = as_tensor("means", 0.0).new_empty(components, dimension)
     means = spread * noise.normal(vectors, 0, Purpose.TARGET)
     place = noise.uniform(vectors, 1, Purpose.TARGET)
     variances = (2 * (math.log(low) + place * math.log(high / low))).exp()
@@ -84,7 +86,3 @@ def random_mixture(
     covariances = (rotations * variances[:, None]) @ rotations.mT
     weights = 0.5 + noise.uniform(vectors[:, :1], 3, Purpose.TARGET)[:, 0]
     return GaussianMixture(weights, means, covariances)
-
-
-def _tensor(values: ArrayLike) -> Tensor:
-    return values if isinstance(values, Tensor) else torch.as_tensor(values, dtype=torch.float64)

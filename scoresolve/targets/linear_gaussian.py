@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from scoresolve.errors import ArgumentError, ShapeError
+from scoresolve.targets.rows import full_precision
 
 __all__ = [
     "Conditioned",
@@ -60,6 +61,7 @@ class Conditioned(NamedTuple):
     log_evidence: Tensor
 
 
+@full_precision
 def marginal(prior: Moments, operator: Tensor, noise: Tensor) -> Moments:
     """The law of y = A x + n.
 
@@ -84,6 +86,7 @@ def marginal(prior: Moments, operator: Tensor, noise: Tensor) -> Moments:
     return Moments(_apply(operator, prior.mean), covariance)
 
 
+@full_precision
 def joint(prior: Moments, operator: Tensor, noise: Tensor) -> Moments:
     """The law of x and y together; arguments as in `marginal`.
 
@@ -96,6 +99,7 @@ def joint(prior: Moments, operator: Tensor, noise: Tensor) -> Moments:
     return Moments(torch.cat([prior.mean, y.mean], -1), torch.cat([top, bottom], -2))
 
 
+@full_precision
 def condition(prior: Moments, operator: Tensor, noise: Tensor, y: Tensor) -> Conditioned:
     """The law of x given y = A x + n, by the Kalman gain.
 
@@ -116,7 +120,7 @@ def condition(prior: Moments, operator: Tensor, noise: Tensor, y: Tensor) -> Con
     if y.shape[-1:] != predicted.mean.shape[-1:]:
         raise ShapeError(f"y of shape {tuple(y.shape)}: give [{predicted.mean.shape[-1]}]")
     residual = y - predicted.mean
-    kept = torch.eye(prior.mean.shape[-1]).to(gain) - gain @ operator
+    kept = torch.eye(prior.mean.shape[-1], dtype=gain.dtype, device=gain.device) - gain @ operator
     return Conditioned(
         prior.mean + _apply(gain, residual),
         kept @ prior.covariance @ kept.mT + gain @ noise @ gain.mT,
@@ -139,13 +143,14 @@ def conditional(law: Moments, known: Tensor, values: Tensor) -> Moments:
     Raises:
         ArgumentError: the known coordinates have a singular covariance.
     """
-    identity = torch.eye(law.mean.shape[-1]).to(law.mean)
+    identity = torch.eye(law.mean.shape[-1], dtype=law.mean.dtype, device=law.mean.device)
     chosen = identity[known]
-    found = condition(law, chosen, torch.zeros(len(chosen), len(chosen)).to(chosen), values)
+    found = condition(law, chosen, chosen.new_zeros(len(chosen), len(chosen)), values)
     rest = chosen.sum(0) == 0
     return Moments(found.mean[..., rest], found.covariance[..., rest, :][..., rest])
 
 
+@full_precision
 def log_density(x: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
     """log N(x; mean, covariance), [*K], for `x` and `mean` [*K, D] and `covariance` [*K, D, D].
 
@@ -155,6 +160,7 @@ def log_density(x: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
     return _log_density(x - mean, _factor(covariance))
 
 
+@full_precision
 def tweedie(y: Tensor, score: Tensor, jacobian: Tensor, noise: Tensor) -> Moments:
     """Moments of the signal u of y = u + n, n ~ N(0, R), whatever the law of u.
 

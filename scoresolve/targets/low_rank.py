@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from scoresolve.errors import ArgumentError, ShapeError
-from scoresolve.targets.covariance import Covariance, Number, Resolvent, grouped_matmul, is_timed
+from scoresolve.targets.covariance import Covariance, Resolvent, grouped_product
+from scoresolve.targets.rows import Number, across, each_product, last_sum, product
 
 __all__ = ["LowRank"]
 
@@ -32,13 +33,17 @@ class LowRank(Covariance[Tensor]):
 
     Raises:
         ShapeError: `factor` or `diagonal` has another shape.
-        ArgumentError: `diagonal` is negative.
+        ArgumentError: `diagonal` is negative, or one is no floating tensor.
     """
 
     factor: Tensor
     diagonal: Tensor
 
     def __post_init__(self) -> None:
+        for name, given in (("factor", self.factor), ("diagonal", self.diagonal)):
+            if not (isinstance(given, Tensor) and given.is_floating_point()):
+                kind = given.dtype if isinstance(given, Tensor) else type(given).__name__
+                raise ArgumentError(f"{name} is {kind}: give a floating tensor")
         shape = tuple(self.factor.shape)
         if len(shape) != 3 or shape[2] < 1:
             raise ShapeError(f"factor of shape {shape}: give [K, D, R] with R >= 1")
@@ -52,10 +57,10 @@ class LowRank(Covariance[Tensor]):
             raise ArgumentError(f"diagonal holds {lowest:.3g}: give variances, at least 0")
 
     def centres(self, means: Tensor) -> Tensor:
-        return means[..., None]
+        return means
 
     def at(self, x: Tensor, centres: Tensor, alpha: Number, sigma: Number) -> Resolvent:
-        return _LowRankResolvent(self, x.mT.contiguous() - alpha * centres, alpha, sigma)
+        return _LowRankResolvent(self, x[:, None] - across(alpha, 2) * centres, alpha, sigma)
 
     def affine(self, alpha: Number, sigma: Number) -> LowRank:
         return replace(
@@ -65,7 +70,7 @@ class LowRank(Covariance[Tensor]):
     def colour(self, index: Tensor, z: Tensor) -> Tensor:
         rank = self.factor.shape[2]
         spread = self.diagonal.reshape(len(self.diagonal), -1)[index].sqrt()
-        return grouped_matmul(index, z[:, :rank], self.factor.mT) + spread * z[:, rank:]
+        return grouped_product(index, z[:, :rank], self.factor.mT) + spread * z[:, rank:]
 
     @property
     def noise_size(self) -> int:
@@ -78,59 +83,66 @@ class LowRank(Covariance[Tensor]):
 
 class _LowRankResolvent(Resolvent):
     def __init__(self, kind: LowRank, residual: Tensor, alpha: Number, sigma: Number) -> None:
-        self.factor, self.alpha = kind.factor, alpha
-        self.diagonal = kind.diagonal.reshape(len(kind.diagonal), -1, 1)
-        self.shifted = alpha**2 * self.diagonal + sigma**2
-        identity = torch.eye(kind.factor.shape[2]).to(residual)
-        inner = identity + _matrices(alpha**2) * self._gram(self.shifted.reciprocal())
+        self.factor, self.square_scale = kind.factor, across(alpha**2, 1)
+        self.diagonal = kind.diagonal.reshape(len(kind.diagonal), -1)
+        self.shifted = across(alpha**2, 2) * self.diagonal + across(sigma**2, 2)
+        rank = kind.factor.shape[2]
+        identity = torch.eye(rank, dtype=residual.dtype, device=residual.device)
+        inner = identity + across(alpha**2, 3) * self._gram(self.shifted.reciprocal())
         self.cholesky = torch.linalg.cholesky_ex(inner).L
-        self.latent = self._solve(self.factor.mT @ (residual / self.shifted))
-        rest = residual - alpha**2 * (self.factor @ self.latent)
+        self.latent = self._solve(each_product(residual / self.shifted, self.factor))
+        self.spanned = each_product(self.latent, self.factor.mT)
+        rest = residual - across(alpha**2, 2) * self.spanned
         self.y = rest / self.shifted
-        self.quadratic = (rest * self.y).sum(1) + alpha**2 * self.latent.square().sum(1)
-        log_inner = 2 * self.cholesky.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        latent_square = last_sum(self.latent.square())
+        self.quadratic = last_sum(rest * self.y) + self.square_scale * latent_square
+        log_inner = 2 * last_sum(self.cholesky.diagonal(dim1=-2, dim2=-1).log())
         self.log_det = self._sum(self.shifted.log()) + log_inner
 
     def combine(self, weights: Tensor, a: Number, b: Number) -> Tensor:
-        weights = weights[:, None]
         if isinstance(a, float) and a == 0:
-            return (self.y * (b * weights)).sum(0).mT.contiguous()
-        latent = (self.latent * (a * weights)).flatten(0, 1)
-        rest = (self.y * ((a * self.diagonal + b) * weights)).sum(0)
-        return torch.addmm(rest.mT, latent.mT, self.factor.mT.flatten(0, 1))
+            return (self.y * (across(b, 1) * weights)[..., None]).sum(1)
+        latent = (self.latent * (across(a, 1) * weights)[..., None]).flatten(1)
+        rest = (self._own(a, b) * weights[..., None]).sum(1)
+        return rest + product(latent, self.factor.mT.flatten(0, 1))
 
     def components(self, a: Number, b: Number) -> Tensor:
-        return a * (self.factor @ self.latent) + (a * self.diagonal + b) * self.y
+        return across(a, 2) * self.spanned + self._own(a, b)
 
     def square_norm(self) -> Tensor:
-        return self.y.square().sum(1)
+        return last_sum(self.y.square())
 
     def trace(self) -> Tensor:
         inverse = self.shifted.reciprocal()
         inner = torch.cholesky_solve(self._gram(inverse.square()), self.cholesky)
-        lost = inner.diagonal(dim1=-2, dim2=-1).sum(-1)
-        return self._sum(inverse) - self.alpha**2 * lost
+        lost = last_sum(inner.diagonal(dim1=-2, dim2=-1))
+        return self._sum(inverse) - self.square_scale * lost
+
+    def _own(self, a: Number, b: Number) -> Tensor:
+        """(a d + b) y, [B, K, D]."""
+        return (across(a, 2) * self.diagonal + across(b, 2)) * self.y
 
     def _gram(self, weights: Tensor) -> Tensor:
-        """F^T diag(weights) F for `weights` [K, D or 1, 1 or B], as [K, 1 or B, R, R]."""
+        """F^T diag(weights) F for `weights` [K, D or 1] or [B, K, D or 1], [K or B, K, R, R]."""
         factor = self.factor
-        if weights.shape[2] == 1:
-            return ((factor * weights).mT @ factor)[:, None]
+        if weights.ndim == 2:
+            return (factor * weights[..., None]).mT @ factor
         products = (factor[..., :, None] * factor[..., None, :]).flatten(2)
-        gram = weights.expand(-1, factor.shape[1], -1).mT @ products
+        weights = weights.expand(-1, -1, factor.shape[1])
+        gram = each_product(weights, products)
         return gram.reshape(*gram.shape[:2], factor.shape[2], factor.shape[2])
 
-    def _solve(self, columns: Tensor) -> Tensor:
-        """M^-1 columns for `columns` [K, R, B]."""
-        if self.cholesky.shape[1] == 1:
-            return torch.cholesky_solve(columns, self.cholesky[:, 0])
-        return torch.cholesky_solve(columns.mT[..., None], self.cholesky)[..., 0].mT
+    def _solve(self, rows: Tensor) -> Tensor:
+        """M^-1 of each row of `rows` [B, K, R]."""
+        if self.cholesky.ndim == 4:
+            return torch.cholesky_solve(rows[..., None], self.cholesky)[..., 0]
+        # one factor for all rows: substitution would mix them, products with its inverse do not
+        identity = torch.eye(rows.shape[2], dtype=rows.dtype, device=rows.device)
+        inverse = torch.linalg.solve_triangular(
+            self.cholesky, identity.expand_as(self.cholesky), upper=False
+        )
+        return each_product(each_product(rows, inverse.mT), inverse)
 
     def _sum(self, values: Tensor) -> Tensor:
-        """Sum over the D rows of `values` [K, D or 1, 1 or B], which a multiple of I shares."""
-        return values.sum(1) * (self.factor.shape[1] // values.shape[1])
-
-
-def _matrices(value: Number) -> Number:
-    """A coefficient [] or [B], shaped to multiply [K, B, R, R]."""
-    return value[:, None, None] if is_timed(value) else value
+        """Sum over D of `values` [..., D or 1], which a multiple of the identity shares."""
+        return last_sum(values) * (self.factor.shape[1] // values.shape[-1])

@@ -23,7 +23,8 @@ from scoresolve.targets.covariance import Covariance, Diagonal, Full, Isotropic
 from scoresolve.targets.linear import LinearMixtureModel
 from scoresolve.targets.linear_gaussian import Moments, condition, marginal
 from scoresolve.targets.low_rank import LowRank
-from scoresolve.targets.model import Components, MixtureModel, Posterior
+from scoresolve.targets.model import Components, MixtureModel, Point, Posterior
+from scoresolve.targets.rows import full_precision
 
 __all__ = ["GaussianMixture"]
 
@@ -43,12 +44,17 @@ class GaussianMixture:
             or `LowRank`. Zero variances are allowed (point masses); then there is no density
             until noise is added.
 
+    On a CPU `log_prob`, `score` and every prediction of `score_model` give a row the same bits in
+    any batch. Inside `torch.autocast` all is computed as outside.
+
     Raises:
         ShapeError: the shapes do not agree.
         ArgumentError: a value is not finite, a weight is not positive, a covariance is not
-            symmetric positive semidefinite, or a dtype is complex or half precision.
+            symmetric positive semidefinite, a dtype is complex or half precision, or an array is
+            sparse or without numbers.
     """
 
+    @full_precision
     def __init__(
         self, weights: ArrayLike, means: ArrayLike, covariances: ArrayLike | LowRank
     ) -> None:
@@ -89,7 +95,7 @@ class GaussianMixture:
             std: at least 0.
         """
         centres = _floating("points", points)
-        return cls(torch.ones(len(centres)), centres, _nonnegative("std", std) ** 2)
+        return cls(centres.new_ones(len(centres)), centres, _nonnegative("std", std) ** 2)
 
     @classmethod
     def fit(
@@ -144,6 +150,7 @@ class GaussianMixture:
         return self._parts.means.reshape(-1, *self._parts.event)
 
     @property
+    @full_precision
     def covariances(self) -> Tensor:
         """Sigma, [K, D, D], formed on each call."""
         return self._parts.covariance.dense(self._parts.means)
@@ -154,11 +161,13 @@ class GaussianMixture:
         return self._parts.event
 
     @property
+    @full_precision
     def mean(self) -> Tensor:
         """E[x], [*event]."""
         return (self.weights @ self._parts.means).reshape(self._parts.event)
 
     @property
+    @full_precision
     def covariance(self) -> Tensor:
         """Cov[x] = sum_k pi_k (Sigma_k + (mu_k - E[x]) (mu_k - E[x])^T), [D, D]."""
         spread = self._parts.means - self.weights @ self._parts.means
@@ -173,10 +182,12 @@ class GaussianMixture:
         device = means.device if device is None else torch.empty(0, device=device).device
         return GaussianMixture._of(self._parts.to(dtype or means.dtype, device))
 
+    @full_precision
     def sample(self, n: int, seed: int = 0, first_sample: int = 0) -> Tensor:
         """`n` independent samples, [n, *event], in the mixture's dtype and on its device.
 
-        Sample i depends on `seed` and `first_sample` + i alone, not on `n`.
+        Sample i depends on `seed` and `first_sample` + i alone, not on `n`. Full covariances colour
+        it by their symmetric root, which no choice of eigenvectors changes.
 
         Args:
             n: how many.
@@ -199,19 +210,19 @@ class GaussianMixture:
             ShapeError: `x` is not [B, *event].
         """
         self._require_density()
-        return self._parts.at(x, 1.0, 0.0).log_prob()
+        return self._parts.read(Point.log_prob, x, 1.0, 0.0)
 
     def score(self, x: Tensor) -> Tensor:
         """grad log density at `x` [B, *event], shape and dtype of `x`; raises as `log_prob`."""
         self._require_density()
-        return self._parts.at(x, 1.0, 0.0).mean(0.0, 0.0, -1.0)
+        return self._parts.read(Point.mean, x, 1.0, 0.0, 0.0, 0.0, -1.0)
 
     def log_prob_and_score(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`log_prob` and `score` at `x` for about the price of the score."""
         self._require_density()
-        point = self._parts.at(x, 1.0, 0.0)
-        return point.log_prob(), point.mean(0.0, 0.0, -1.0)
+        return self._parts.read(Point.log_prob_and_score, x, 1.0, 0.0)
 
+    @full_precision
     def marginal(self, sde: GaussianSDE, t: TimeLike) -> GaussianMixture:
         """The exact law of x_t, of the same kind of covariance.
 
@@ -252,6 +263,7 @@ class GaussianMixture:
         """Mean [B, *event] and covariance [B, D, D] of x0 given x_t = `x` at `t` [] or [B]."""
         return self.score_model(sde).posterior(x, t)
 
+    @full_precision
     def condition(self, operator: Tensor, y: Tensor, noise_std: float) -> GaussianMixture:
         """The exact posterior given the measurement y = A x + noise_std n, n ~ N(0, I).
 
@@ -288,6 +300,7 @@ class GaussianMixture:
             )
         )
 
+    @full_precision
     def measured(self, operator: Tensor, noise_std: float) -> GaussianMixture:
         """The exact law of the measurement y = A x + noise_std n, n ~ N(0, I), on [M].
 
@@ -313,7 +326,7 @@ class GaussianMixture:
                 f"operator of shape {tuple(a.shape)} for D = {means.shape[1]}: give [M, D]"
             )
         variance = _nonnegative("noise_std", noise_std) ** 2
-        noise = variance * torch.eye(len(a)).to(a)
+        noise = variance * torch.eye(len(a), dtype=a.dtype, device=a.device)
         return Moments(means, self._parts.covariance.dense(means)), a, noise
 
     def _require_density(self) -> None:
@@ -326,13 +339,32 @@ class GaussianMixture:
 
 def _floating(name: str, values: ArrayLike, like: Tensor | None = None) -> Tensor:
     """Finite real `values` as a floating tensor, in the dtype and on the device of `like`."""
-    given = values if isinstance(values, Tensor) else torch.as_tensor(values, dtype=torch.float64)
+    given = as_tensor(name, values)
+    if given.layout is not torch.strided or given.is_meta:
+        kind = "on the meta device" if given.is_meta else f"of layout {given.layout}"
+        raise ArgumentError(f"{name} are {kind}: give a dense tensor that holds its numbers")
     if given.is_complex():
         raise ArgumentError(f"{name} are {given.dtype}: give real numbers")
     given = given.detach() if given.is_floating_point() else given.to(torch.float64)
     if not bool(torch.isfinite(given).all()):
         raise ArgumentError(f"{name} hold values that are not finite: give finite numbers")
     return given if like is None else given.to(like)
+
+
+def as_tensor(name: str, values: ArrayLike) -> Tensor:
+    """`values` as a tensor; what is none yet becomes float64.
+
+    Raises:
+        ArgumentError: they are no numbers, or lists of different lengths.
+    """
+    if isinstance(values, Tensor):
+        return values
+    # The default device is where the user works, but the meta device holds no numbers.
+    home = "cpu" if torch.get_default_device().type == "meta" else None
+    try:
+        return torch.as_tensor(values, dtype=torch.float64, device=home)
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"{name} are no array of numbers ({error}): give numbers") from error
 
 
 def _nonnegative(name: str, value: float) -> float:
