@@ -112,7 +112,7 @@ def test_every_flow_form_solver_converges_to_the_adaptive_answer(solver: str) ->
             log_likelihood(mix.score_model(sde), sde, x, solver=solver, steps=n).log_prob
             - exact.log_prob
         )
-        for n in (32, 96)
+        for n in (24, 72)  # the adaptive answer itself is off by about 3e-7
     ]
     assert order is not None
     assert errors[1] < 0.1
