@@ -30,6 +30,7 @@ __all__ = [
     "PerSample",
     "Shared",
     "may_differ",
+    "part_of",
     "per_sample",
     "settled",
     "shared",
@@ -76,8 +77,8 @@ def shared(value: Any) -> Shared:
     return Shared(value)
 
 
-def split_cond(cond: dict[str, Any], part: slice | Tensor, batch: int) -> dict[str, Any]:
-    """The conditions of the rows `part` of a batch of `batch` samples, without their marks.
+def part_of(cond: dict[str, Any], part: slice | Tensor, batch: int) -> dict[str, Any]:
+    """The conditions of the rows `part` of a batch of `batch` samples, with their marks.
 
     Args:
         cond: conditions by name; a tensor without a mark follows the samples if its first axis
@@ -103,13 +104,16 @@ def split_cond(cond: dict[str, Any], part: slice | Tensor, batch: int) -> dict[s
         return rows(value)
 
     def of(value: Any) -> Any:
-        if isinstance(value, Shared):
-            return value.value
         if isinstance(value, PerSample):
-            return tree_map(marked_rows, value.value)
+            return PerSample(tree_map(marked_rows, value.value))
         return rows(value)
 
     return {name: tree_map(of, value) for name, value in cond.items()}
+
+
+def split_cond(cond: dict[str, Any], part: slice | Tensor, batch: int) -> dict[str, Any]:
+    """What `part_of` gives, without marks, as the model takes it."""
+    return unmarked(part_of(cond, part, batch))
 
 
 def unmarked(cond: dict[str, Any]) -> dict[str, Any]:
@@ -136,7 +140,7 @@ def may_differ(cond: dict[str, Any]) -> bool:
 def settled(
     cond: dict[str, Any], batch: int, answer: Callable[[dict[str, Any]], Tensor]
 ) -> dict[str, Any]:
-    """The conditions with a mark on every tensor that may be read in two ways.
+    """The conditions with a mark on every tensor, so that parts of parts are read alike.
 
     Args:
         cond: conditions by name.
@@ -145,34 +149,34 @@ def settled(
             it; it raises where the model cannot take them or its answer has another shape.
 
     Returns:
-        Conditions for `split_cond`. Where the model takes no reading at all they are as given,
-        so that its own complaint is heard when it is called.
+        Conditions for `split_cond`. Where the model takes no reading at all they follow their
+        samples, so that its own complaint is heard when it is called.
 
     Raises:
         ArgumentError: the model takes several readings and they differ.
     """
     pairs, spec = tree_flatten_with_path(cond)
-    leaves: list[Any] = [leaf for _, leaf in pairs]
-    doubtful = [i for i, leaf in enumerate(leaves) if batch > 1 and _follows(leaf, batch)]
-    if not doubtful:
-        return cond
+    leaves = [
+        Shared(leaf) if isinstance(leaf, Tensor) and not _follows(leaf, batch) else leaf
+        for _, leaf in pairs
+    ]
+    doubtful = [i for i, leaf in enumerate(leaves) if _follows(leaf, batch)]
     if 2 ** len(doubtful) > _MOST_READINGS:
         raise _ambiguous([_keystr(pairs[i][0]) for i in doubtful], batch)
     taken: list[tuple[tuple[type, ...], Tensor]] = []
-    for marks in itertools.product((PerSample, Shared), repeat=len(doubtful)):
+    readings = itertools.product((PerSample, Shared), repeat=len(doubtful))
+    for marks in readings if batch > 1 and doubtful else ():
         marked = _marked(leaves, doubtful, marks)
         one = split_cond(tree_unflatten(marked, spec), slice(0, 1), batch)
         try:
             taken.append((marks, answer(one)))
         except Exception:  # whatever a network raises for arguments that do not fit
             continue
-    if not taken:
-        return cond
-    chosen, first = taken[0]
+    chosen, first = taken[0] if taken else ((PerSample,) * len(doubtful), None)
     differ = {
         i
         for other, m in taken[1:]
-        if not torch.allclose(m, first, _AGREE, _AGREE, equal_nan=True)
+        if first is not None and not torch.allclose(m, first, _AGREE, _AGREE, equal_nan=True)
         for i, mine, its in zip(doubtful, chosen, other, strict=True)
         if mine is not its
     }

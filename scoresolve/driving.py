@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from scoresolve.conditions import settled, split_cond
+from scoresolve.conditions import part_of, settled, split_cond, unmarked
 from scoresolve.errors import (
     ArgumentError,
     ModelWarning,
@@ -191,6 +191,7 @@ class PlanEngine(Engine):
         cond: dict[str, Any],
     ) -> Part:
         assert self.plan is not None
+        cond = unmarked(cond)
         calls = torch.full(x.shape[:1], self.plan.nfe, device=x.device)
         if self.compile:
             if self.compiled is None:
@@ -331,12 +332,18 @@ def in_chunks(
         try:
             for begin in starts:
                 parts.append(solve(slice(begin, begin + size), bar))
-                if bool((parts[-1].status == int(Status.INTERRUPTED)).any()):
+                if _interrupted(parts[-1].status):
                     break
         except KeyboardInterrupt:
             if not parts:
                 raise
     return parts
+
+
+def _interrupted(status: Tensor) -> bool:
+    if torch._C._functorch.is_functorch_wrapped_tensor(status):
+        return False  # under a transform of torch.func no value can be looked at
+    return bool((status == int(Status.INTERRUPTED)).any())
 
 
 def rejoined(pieces: Sequence[Tensor], batch: int, dim: int = 0, fill: int = 0) -> Tensor:
@@ -367,7 +374,7 @@ def drive(
     batch = start.batch
 
     def solve(part: slice, bar: tqdm[object]) -> Part:
-        split = split_cond(cond, part, batch)
+        split = part_of(cond, part, batch)
         return engine.solve(model, start.rows(part), source.rows(part), bar, split)
 
     parts = in_chunks(solve, batch, chunk, engine.steps, progress)

@@ -251,6 +251,8 @@ def sample(
         whole_number("chunk", chunk)
     spent, mismatch = 0, None
     if isinstance(resolved, Solver):
+        if nfe is not None:
+            nfe = _checked_nfe(nfe)
         named = grid if isinstance(grid, str) else None
 
         def engine_for(solver: Solver, nfe: int | None) -> PlanEngine:
@@ -364,7 +366,10 @@ def _warn_of_signal(sde: SDE, t: float, mismatch: PriorMismatch | None) -> None:
     snr = math.exp(float(sde.log_snr(t)))
     if t == sde.T and mismatch is not None:
         shows = mismatch.matters
-        what = f"the model's data give it a standard deviation of {mismatch.std:.3g} priors there"
+        what = (
+            f"with the model's data a mean of {mismatch.mean:.3g} and a standard deviation of "
+            f"{mismatch.std:.3g} times that of the noise"
+        )
     else:
         shows, what = snr > _HIDDEN, f"alpha^2/sigma^2 = {snr:.2g}"
     if shows:
