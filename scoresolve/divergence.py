@@ -204,7 +204,7 @@ def watched(model: Model, differentiator: Differentiator) -> Model:
     twin: Any = watched(inner, differentiator)
     if isinstance(inner, NetworkModel):
         twin = copy.copy(inner)
-        name = "net" if inner.bind("x0")[1] is inner.net else "native"
+        name = "asked" if inner.bind("x0")[1] == inner.asked else "native"
         call: Callable[..., Tensor] = getattr(inner, name)
 
         def seen(x: Tensor, t: TimeLike, **cond: Any) -> Tensor:

@@ -158,7 +158,7 @@ def check_energy(energy: object, x: Tensor) -> Tensor:
     """`energy` itself.
 
     Raises:
-        ArgumentError: it is no tensor, not real floating point, or has no gradient.
+        ArgumentError: it is no tensor, or not real floating point.
         ShapeError: it is not [B] for `x` [B, *event].
     """
     if not isinstance(energy, Tensor):
@@ -169,10 +169,6 @@ def check_energy(energy: object, x: Tensor) -> Tensor:
         raise ShapeError(
             f"the energy returned shape {tuple(energy.shape)} for x of shape {tuple(x.shape)}: "
             "return one energy per sample, [B]"
-        )
-    if torch.is_grad_enabled() and not energy.requires_grad:
-        raise ArgumentError(
-            "the energy has no gradient in x: compute it from x by differentiable operations"
         )
     return energy
 
@@ -409,6 +405,11 @@ class EnergyModel(NetworkModel):
             leaf = x if x.requires_grad else x.detach().requires_grad_()
             # a copy that is no leaf, into which the energy may write
             energy = check_energy(self.energy(leaf.clone(), t, **cond), x)
+            if not energy.requires_grad:
+                raise ArgumentError(
+                    "the energy has no gradient in x: compute it from x by differentiable "
+                    "operations"
+                )
             (gradient,) = torch.autograd.grad(
                 energy.sum(), leaf, create_graph=keep_graph, materialize_grads=True
             )

@@ -732,7 +732,7 @@ def test_ends_without_noise_are_reached_where_the_slope_is_known(
 
 def test_a_likelihood_of_a_solver_in_log_snr_names_others() -> None:
     mix = ss.targets.gaussian([0.7], 0.25)
-    with pytest.raises(ArgumentError, match=r"'dpm_solver_23' steps in log-SNR.*take 'dopri5'"):
+    with pytest.raises(ArgumentError, match=r"'dpm_solver_23' steps in log_snr.*'dopri5'"):
         ss.log_likelihood(mix.score_model(ss.VP()), ss.VP(), mix.sample(2), solver="dpm_adaptive")
 
 

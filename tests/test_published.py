@@ -199,10 +199,11 @@ def same(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
 
 
 class Table(NoiseSource):
-    """Draw `k` is row `k` of a table [draws, B, D]."""
+    """Draw `k`, counted from the first that is asked, is row `k` of a table [draws, B, D]."""
 
     def __init__(self, rows: Tensor) -> None:
         self.rows_of_draws, self.used = rows, 0
+        self.first: int | None = None
 
     def normal(
         self,
@@ -211,8 +212,10 @@ class Table(NoiseSource):
         purpose: Purpose = Purpose.SOLVER,
         times: Times | None = None,
     ) -> Tensor:
-        self.used = max(self.used, draw + 1)
-        return self.rows_of_draws[draw].to(like.dtype, copy=True)
+        self.first = draw if self.first is None else self.first
+        number = draw - self.first
+        self.used = max(self.used, number + 1)
+        return self.rows_of_draws[number].to(like.dtype, copy=True)
 
 
 # --- every solver, at the edges ------------------------------------------------------------------

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from scoresolve.errors import whole_number
 from scoresolve.kernels import ChainNoise, Kernel, as_target, get_kernel
+from scoresolve.kernels.target import column
 from scoresolve.models import check_energy, from_energy
 from scoresolve.noise import NoiseSource, as_noise
 from scoresolve.plans import check_state
-from scoresolve.sde import expand
 
 __all__ = ["contrastive_divergence", "negatives"]
 
@@ -109,5 +109,5 @@ def negatives(
         h = chosen.step_sizes(len(x), slice(None), x)
         state = chosen.start(x.detach(), target, numbers)
         for _ in range(count):
-            state = chosen.step(state, target, numbers, expand(h, x, h))
+            state = chosen.step(state, target, numbers, column(h, x))
     return state.point.x[:: chosen.copies]

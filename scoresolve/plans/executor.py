@@ -62,7 +62,9 @@ def check_state(x: Tensor) -> None:
     if x.layout is not torch.strided:
         raise ArgumentError(f"the state has layout {x.layout}: give a dense tensor, x.to_dense()")
     if x.device.type == "meta":
-        raise ArgumentError("the state is on the meta device, where nothing is computed: move it")
+        raise ArgumentError(
+            "the state is on the meta device, which holds no numbers: give one on another"
+        )
     if x.ndim < 1:
         raise ShapeError("the state has no batch axis: give a tensor [B, *event]")
     if 0 in x.shape[1:]:
