@@ -43,7 +43,7 @@ EXPECTED: dict[tuple[str, bool], tuple[int, int, int]] = {
 
 ADAPTIVE = 172
 """Operations a network call of the adaptive Adams method; by far the most are small and per row."""
-MALA = 87
+MALA = 98
 """Operations a step of a Metropolis-adjusted Langevin chain on one Gaussian, its score included."""
 MEANT = (
     "If a change to the library is meant to cost this, say why in its commit and put the new "

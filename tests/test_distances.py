@@ -360,25 +360,26 @@ def test_exact_samples_exceed_the_floor_in_5_percent(name: str, exact: bool) -> 
 BROAD = ss.GaussianMixture([1.0, 1.0], [[-2.0, 0.0], [2.0, 0.0]], 1.0)
 
 
-def wrong(error: str) -> Tensor:
-    x = BROAD.sample(400, seed=7)
+def wrong(error: str, rows: int) -> Tensor:
+    x = BROAD.sample(rows, seed=7)
     if error == "shift":
         return x + torch.tensor([0.0, 0.7], dtype=F64)
     if error == "scale":
         return 1.5 * x
     if error == "mode":
-        return ss.GaussianMixture([1.0], [[-2.0, 0.0]], 1.0).sample(400, seed=7)
+        return ss.GaussianMixture([1.0], [[-2.0, 0.0]], 1.0).sample(rows, seed=7)
     correlated = ss.GaussianMixture(
         [1.0, 1.0], BROAD.means, torch.tensor([[[1.0, 0.8], [0.8, 1]]]).repeat(2, 1, 1)
     )
-    return correlated.sample(400, seed=7)
+    return correlated.sample(rows, seed=7)
 
 
 @pytest.mark.parametrize("error", ["shift", "scale", "mode", "correlation"])
 @pytest.mark.parametrize("name", DISTANCES)
 def test_every_distance_sees_what_the_page_says_it_sees(name: str, error: str) -> None:
-    rows = 120 if name == "classifier" else 400
-    found = ss.compare_samples(wrong(error)[:rows], BROAD, (name,), draws=19)[name]
+    # of 400 rows the kernel discrepancy sees a correlation once in ten seeds, of 2000 five in six
+    rows = {"classifier": 120, "mmd": 4000 if error == "correlation" else 400}.get(name, 400)
+    found = ss.compare_samples(wrong(error, rows), BROAD, (name,), draws=19)[name]
     blind = {("log_density", "mode"), ("log_density", "correlation")}
     assert found.above_noise == ((name, error) not in blind)
 
