@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import itertools
 import math
 import warnings
 from abc import ABC, abstractmethod
@@ -32,7 +33,7 @@ from scoresolve.errors import (
 )
 from scoresolve.models import Model, NetworkModel
 from scoresolve.noise import NoiseSource, Purpose
-from scoresolve.plans import Plan, StepReport, check_state, model_time
+from scoresolve.plans import Call, Mark, Plan, StepReport, check_state, model_time
 from scoresolve.sde import SDE, GaussianSDE
 from scoresolve.solvers import GaussianFlow, Integrator, Solution
 
@@ -70,7 +71,7 @@ class Samples:
         calls: calls of the network, for all chunks together.
         rows: samples evaluated in them, all calls together.
         t, accepted, rejected: of an adaptive solver the time reached, and the steps taken and
-            refused, [B].
+            refused, [B]; of an interrupted plan the time reached, where `x` may go on from.
         saved: states at its times to save at, [S, B, *event].
         path: of a dense adaptive solver, `path(t)` is the state [B, *event] at time t.
     """
@@ -150,6 +151,7 @@ class Part(NamedTuple):
     calls: int
     evaluations: Tensor
     solution: Solution | None = None
+    t: float | None = None  # where a plan was interrupted
 
 
 class Engine(ABC):
@@ -205,8 +207,26 @@ class PlanEngine(Engine):
                 self.callback(step)
 
         watched = self.callback is not None or not bar.disable
-        result = self.plan.run(model, x, source, report if watched else None, **cond)
+        try:
+            result = self.plan.run(model, x, source, report if watched else None, **cond)
+        except KeyboardInterrupt as stop:
+            reached: StepReport | None = getattr(stop, "reached", None)
+            if reached is None:
+                raise
+            return self._interrupted(reached)
         return Part(result, row_status(result), self.plan.nfe, calls)
+
+    def _interrupted(self, reached: StepReport) -> Part:
+        """The states at the end of the last whole step; the calls are those up to there."""
+        assert self.plan is not None
+        stages = iter(self.plan.stages)
+        before = itertools.takewhile(
+            lambda stage: not (isinstance(stage, Mark) and stage.step == reached.step), stages
+        )
+        made = sum(isinstance(stage, Call) for stage in before)
+        x = reached.x.clone()
+        status = torch.full(x.shape[:1], int(Status.INTERRUPTED), device=x.device)
+        return Part(x, status, made, torch.full_like(status, made), t=reached.t)
 
 
 class IntegratorEngine(Engine):
@@ -280,7 +300,7 @@ class IntegratorEngine(Engine):
 
         Those that the limit on calls or an interrupt leaves out keep their states and are told.
         """
-        x, status, calls, evaluations, solution = part
+        x, status, calls, evaluations, solution, _ = part
         batch, why = x.shape[0], Status.CALL_LIMIT
         left = (status == int(Status.OK)).nonzero().flatten()
         try:
@@ -389,7 +409,7 @@ def drive(
         engine.plan,
         calls=spent + sum(part.calls for part in parts),
         rows=int(evaluations.sum()),
-        **_joined(solutions, batch),
+        **(_joined(solutions, batch) or _stopped(parts, engine.times, batch)),
     )
     if raise_on_failure and not bool(result.ok.all()):
         raise failure(result, status)
@@ -473,6 +493,14 @@ def _parameters(score: object) -> list[inspect.Parameter] | None:
     except (TypeError, ValueError):
         return None
     return list(signature.parameters.values())
+
+
+def _stopped(parts: list[Part], times: tuple[float, ...], batch: int) -> dict[str, Any]:
+    """The times that an interrupted plan has reached."""
+    if all(part.t is None for part in parts):
+        return {}
+    ends = [torch.full(p.status.shape, times[-1] if p.t is None else p.t) for p in parts]
+    return {"t": rejoined(ends, batch)}
 
 
 def failure(result: object, status: Tensor) -> SolveError:

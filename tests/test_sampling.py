@@ -499,7 +499,23 @@ def test_an_interrupt_hands_back_the_rows_that_arrived(solver: str) -> None:
 
 def test_an_interrupt_with_nothing_done_is_an_interrupt() -> None:
     with pytest.raises(KeyboardInterrupt):
-        draw("ab2_v", Counting(fails_at=2))
+        draw("ab2_v", Counting(fails_at=0))
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m", "heun", "ddpm", "pc"])
+def test_an_interrupted_plan_hands_back_the_end_of_its_last_step(solver: str) -> None:
+    seen: list[StepReport] = []
+    whole = draw(solver, callback=seen.append)
+    for stop in range(1, whole.nfe):
+        try:
+            out = draw(solver, Counting(fails_at=stop))
+        except KeyboardInterrupt:  # in the first step, or where its state has gone already
+            continue
+        assert out.t is not None and out.status.tolist() == [int(Status.INTERRUPTED)] * 7
+        (there,) = [report for report in seen if report.t == pytest.approx(float(out.t[0]))]
+        torch.testing.assert_close(out.x, there.x, rtol=0, atol=1e-12)
+        assert 0 < out.nfe <= stop
+    assert float(out.t[0]) == pytest.approx(seen[-2].t)
 
 
 def test_an_interrupted_adaptive_run_hands_back_where_it_was() -> None:

@@ -114,6 +114,22 @@ def _fuse(instructions: list[_Instruction]) -> list[_Instruction]:
     return fused
 
 
+def _reached(instructions: list[_Instruction]) -> list[tuple[int, Mark] | None]:
+    """For each call the slot that holds the state of the last step before it, if one still does."""
+    found: list[tuple[int, Mark] | None] = []
+    last: tuple[int, Mark] | None = None
+    for this in instructions:
+        if this.op == _CALL:
+            found.append(last)
+        if this.op == _MARK:
+            last = this.source, this.detail
+        elif last is not None and this.out == last[0]:
+            last = None
+        if last is not None and last[0] in this.freed:
+            last = None
+    return found
+
+
 def _count_alone() -> tuple[int, int]:
     """What Python's and torch's counters show for a tensor in one list and one local name."""
     alone = [torch.empty(1, device="cpu")]
@@ -181,6 +197,7 @@ class Program:
                     freed.append(out)
             free.extend(freed)
             self.instructions.append(_Instruction(op, out, source, detail, tuple(freed)))
+        self.reached = _reached(self.instructions)
         self.output = slot_of[output]
         self.output_is_owned = output in owned
         self.silent = _fuse([i for i in self.instructions if i.op != _MARK or i.freed])
@@ -259,6 +276,13 @@ class Program:
                 y = slots[source]
                 try:
                     m = function(y, time)
+                except KeyboardInterrupt as stop:
+                    if (mark := self.reached[number]) is not None:
+                        slot, ended = mark
+                        stop.reached = StepReport(  # type: ignore[attr-defined]
+                            ended.step, self.steps, ended.t, slots[slot]
+                        )
+                    raise
                 except Exception as error:
                     error.add_note(f"at call {number + 1} of the {len(calls)} of this plan")
                     raise
