@@ -8,6 +8,7 @@ import pytest
 import torch
 from strategies import generator, normal
 
+from scoresolve.kernels import MALA
 from scoresolve.noise import Philox, first_draw
 from scoresolve.plans import Linear, Run, trace
 from scoresolve.sampling import grid_for, sample
@@ -17,6 +18,7 @@ from scoresolve.solvers import (
     DDIM,
     AnnealedCorrector,
     EulerMaruyama,
+    KernelCorrector,
     LangevinCorrector,
     PredictorCorrector,
     Solver,
@@ -89,7 +91,7 @@ def test_pc_runs_on_processes_that_have_drift_and_diffusion_alone() -> None:
     process = Langevin(lambda x: (0.5 - x) / 0.3, T=2.0)
     score = lambda x, t: (0.5 - x) / 0.3  # noqa: E731
     start = 0.5 + 0.3**0.5 * normal(generator(0), 4000, 2)
-    for corrector in (LangevinCorrector(), AnnealedCorrector()):
+    for corrector in (LangevinCorrector(), AnnealedCorrector(), KernelCorrector(MALA(0.1))):
         solver = PredictorCorrector(EulerMaruyama(), corrector)
         out = sample(score, process, x=start, solver=solver, steps=200)
         # 4000 x 2 numbers: standard errors 0.006 of the mean and 0.016 of the variance's ratio;

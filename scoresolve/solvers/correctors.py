@@ -139,7 +139,8 @@ class KernelCorrector(Corrector):
 
         h = step_size sigma_t^power,
 
-    where the kernel's step size scales as a length to its `power`. For Langevin kernels this is
+    where the kernel's step size scales as a length to its `power`. A process without sigma(t) takes
+    h = step_size. For Langevin kernels this is
     the rule of a signal-to-noise ratio, h = 2 (snr sigma_t)^2, with the expected norms of noise and
     score: `MALA(2 * snr**2)`. A rule that reads the norms themselves would spoil the acceptance.
 
@@ -175,7 +176,9 @@ class KernelCorrector(Corrector):
         self.name, self.source = kernel.name, kernel.source
 
     def correct(self, x: Linear, t: float, run: Run) -> Linear:
-        return run.apply(_KernelMoves(self, run.sigma(t) ** self.kernel.power), x, t)
+        gaussian = isinstance(run.sde, GaussianSDE)
+        unit = run.sigma(t) ** self.kernel.power if gaussian else 1.0
+        return run.apply(_KernelMoves(self, unit), x, t)
 
 
 class _KernelMoves:
