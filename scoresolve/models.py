@@ -40,6 +40,7 @@ from scoresolve.sde import (
     TimeLike,
     as_time,
     expand,
+    host,
 )
 
 __all__ = [
@@ -150,7 +151,7 @@ def combine(u: Number, x: Tensor, w: Number, m: Tensor, t: TimeLike) -> Tensor:
 
 def _factor(c: Number, x: Tensor, t: TimeLike) -> Tensor:
     """A coefficient that multiplies `x`; a Python number keeps its 53 bits."""
-    given = c if isinstance(c, Tensor) else torch.tensor(c, dtype=torch.float64, device="cpu")
+    given = c if isinstance(c, Tensor) else host(c)
     return expand(given, x, t)
 
 

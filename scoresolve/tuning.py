@@ -30,7 +30,7 @@ from scoresolve.errors import (
 )
 from scoresolve.models import Model, as_model, scale_of_data
 from scoresolve.noise import Philox, Purpose
-from scoresolve.sde import GaussianSDE
+from scoresolve.sde import GaussianSDE, host
 from scoresolve.solvers.adaptive.drift import rounded_inside
 
 __all__ = [
@@ -228,7 +228,7 @@ def _ask(
     factory = {"dtype": dtype, "device": device or device_of(score)}
     like = torch.empty((wanted, *event), **factory)  # type: ignore[arg-type]
     z = Philox(seed).normal(like, 0, Purpose.PROBE)
-    log_snr = -2 * torch.tensor(levels, dtype=torch.float64, device="cpu").log()
+    log_snr = -2 * host(levels).log()
     times = sde.time_from_log_snr(log_snr.clamp(min=-_FARTHEST))
     found = (-sde.log_snr(times) / 2).exp().tolist()
     states = [float(sde.sigma(t)) * sign * z for t in times for sign in (1, -1)]

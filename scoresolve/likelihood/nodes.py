@@ -23,7 +23,7 @@ import torch
 from scipy.interpolate import BSpline, CubicSpline, make_interp_spline
 from scipy.sparse.linalg import spsolve
 
-from scoresolve.sde import GaussianSDE
+from scoresolve.sde import GaussianSDE, host
 from scoresolve.solvers.adaptive.drift import rounded_inside
 
 __all__ = ["ORDER", "Nodes", "allocate", "lagrange_weights", "place_nodes"]
@@ -97,8 +97,7 @@ def place_nodes(
         t_start, t_end: times, increasing; nodes go no farther than sigma/alpha = 1000 c.
         single: whether the network will be called with times in float32.
     """
-    host = torch.tensor([t_start, t_end], dtype=torch.float64, device="cpu")
-    ends = np.exp(-sde.log_snr(host).numpy() / 2)
+    ends = np.exp(-sde.log_snr(host([t_start, t_end])).numpy() / 2)
     low, last = (math.sqrt(math.atan(float(k) / c)) for k in ends)
     high = max(min(last, math.sqrt(math.atan(_FARTHEST))), (low + last) / 2)
     low = max(low, 0.01)

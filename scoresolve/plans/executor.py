@@ -26,6 +26,7 @@ from scoresolve.errors import ArgumentError, GridError, ShapeError, check_output
 from scoresolve.models import Model, conversion
 from scoresolve.noise import NoiseSource
 from scoresolve.plans.stages import Call, Combine, Custom, Draw, Drift, Mark, Stage
+from scoresolve.sde import host
 
 __all__ = ["Program", "StepReport", "check_state", "model_time"]
 
@@ -76,7 +77,7 @@ def check_state(x: Tensor) -> None:
 def model_time(t: float | Sequence[float], x: Tensor) -> Tensor:
     """`t` as the model gets it: [B] (or [len(t), B]) without copies, at least float32."""
     dtype = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
-    times = torch.tensor(t, dtype=torch.float64, device="cpu").to(device=x.device, dtype=dtype)
+    times = host(t).to(device=x.device, dtype=dtype)
     return times[..., None].expand(*times.shape, x.shape[0])
 
 
@@ -228,9 +229,7 @@ class Program:
         wide = torch.float64 if dtype is torch.float64 else torch.float32
         if wide not in self._kept_scales:
             with torch.inference_mode(False):
-                self._kept_scales[wide] = torch.tensor(
-                    self.scales, dtype=wide, device="cpu"
-                ).unbind()
+                self._kept_scales[wide] = host(self.scales).to(wide).unbind()
         return self._kept_scales[wide]
 
     def _times(self, x: Tensor) -> Sequence[Tensor]:
