@@ -3,8 +3,8 @@
 A condition is a tensor or a nest of tensors (dict, list, tuple, whatever `torch.utils._pytree`
 knows). A tensor whose first axis is not the batch is shared. One whose first axis is the batch may
 be either, and while the batch stays whole nobody needs to know. Where it must be split, the mark
-`per_sample(...)` or `shared(...)` tells; without one the model is asked: of the readings that it
-takes for one row, all that run must agree. Nothing is guessed.
+`per_sample(...)` or `shared(...)` tells; without one the model is asked for single samples, and of
+the readings that it takes all must agree. Nothing is guessed.
 """
 
 from __future__ import annotations
@@ -138,15 +138,17 @@ def may_differ(cond: dict[str, Any]) -> bool:
 
 
 def settled(
-    cond: dict[str, Any], batch: int, answer: Callable[[dict[str, Any]], Tensor]
+    cond: dict[str, Any], batch: int, answer: Callable[[int, dict[str, Any]], Tensor]
 ) -> dict[str, Any]:
     """The conditions with a mark on every tensor, so that parts of parts are read alike.
 
     Args:
         cond: conditions by name.
         batch: samples of the whole batch.
-        answer: the model's answer for the first sample alone, [1, *event], under conditions for
-            it; it raises where the model cannot take them or its answer has another shape.
+        answer: from the number of a sample and conditions for it the model's answer for it alone,
+            [1, *event]; it raises where the model cannot take them or answers in another shape.
+            It is asked for the first, the middle and the last sample, as a table whose row 0 is
+            read by sample 0 looks like a row per sample to that one.
 
     Returns:
         Conditions for `split_cond`. Where the model takes no reading at all they follow their
@@ -163,13 +165,15 @@ def settled(
     doubtful = [i for i, leaf in enumerate(leaves) if _follows(leaf, batch)]
     if 2 ** len(doubtful) > _MOST_READINGS:
         raise _ambiguous([_keystr(pairs[i][0]) for i in doubtful], batch)
+    asked = sorted({0, batch // 2, batch - 1})
     taken: list[tuple[tuple[type, ...], Tensor]] = []
     readings = itertools.product((PerSample, Shared), repeat=len(doubtful))
     for marks in readings if batch > 1 and doubtful else ():
         marked = _marked(leaves, doubtful, marks)
-        one = split_cond(tree_unflatten(marked, spec), slice(0, 1), batch)
+        tree = tree_unflatten(marked, spec)
         try:
-            taken.append((marks, answer(one)))
+            answers = [answer(i, split_cond(tree, slice(i, i + 1), batch)) for i in asked]
+            taken.append((marks, torch.cat(answers)))
         except Exception:  # whatever a network raises for arguments that do not fit
             continue
     chosen, first = taken[0] if taken else ((PerSample,) * len(doubtful), None)

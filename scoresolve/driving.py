@@ -433,12 +433,12 @@ def _joined(solutions: list[Solution], batch: int) -> dict[str, Any]:
 def settle(cond: dict[str, Any], model: Model, start: Given | Prior, t: float) -> dict[str, Any]:
     """The conditions with a mark wherever the model alone can tell, see `conditions.settled`.
 
-    The model is asked at the first sample and time `t`; these calls are not counted, as no sample
+    The model is asked at three samples and time `t`; these calls are not counted, as no sample
     comes of them.
     """
 
-    def answer(one: dict[str, Any]) -> Tensor:
-        x = start.rows(slice(0, 1))
+    def answer(i: int, one: dict[str, Any]) -> Tensor:
+        x = start.rows(slice(i, i + 1))
         m = model.bind("score")[1](x, model_time(t, x), **one)
         check_output(m, x)
         return m

@@ -97,7 +97,7 @@ def test_a_reading_that_the_model_cannot_take_is_none() -> None:
     """Labels: with those of all samples, one row has an answer of the wrong shape."""
     calls = []
 
-    def answer(one: dict[str, Any]) -> Tensor:
+    def answer(i: int, one: dict[str, Any]) -> Tensor:
         calls.append(one["y"].shape)
         m = torch.zeros(1, 2) + one["y"][:, None]
         if m.shape != (1, 2):
@@ -105,7 +105,7 @@ def test_a_reading_that_the_model_cannot_take_is_none() -> None:
         return m
 
     marked = settled({"y": torch.arange(B)}, B, answer)
-    assert calls == [(1,), (B,)]
+    assert calls == [(1,), (1,), (1,), (B,)]
     assert split_cond(marked, torch.tensor([3, 5]), B)["y"].tolist() == [3, 5]
 
 
@@ -126,6 +126,28 @@ def test_a_shared_tensor_is_not_split_in_a_chunk_that_has_as_many_rows(rows: int
         found = ss.sample(mean, SDE, x=x, table=table, **how).x
         by_hand = ss.sample(lambda x, t: mean(x, t, table), SDE, x=x, **how).x
         torch.testing.assert_close(found, by_hand, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "labels", [[0, 0, 1, 1], [0, 0, 0, 0], [0, 1, 0, 1], [0, 1, 2, 3]], ids=str
+)
+def test_a_table_with_a_row_for_every_sample_is_not_taken_for_rows(labels: list[int]) -> None:
+    """To sample 0 of label 0 the table and a row per sample are the same."""
+
+    def net(x: Tensor, t: Tensor, label: Tensor, bank: Tensor) -> Tensor:
+        return bank[label] - x
+
+    bank, label = 10 * normal(generator(2), 4, 2), torch.tensor(labels)
+    options: dict[str, Any] = {"solver": "ddim", "nfe": 4, "label": label}
+    x = normal(generator(0), 4, 2)
+    whole = ss.sample(net, SDE, x=x, bank=bank, **options).x
+    try:
+        found = ss.sample(net, SDE, x=x, chunk=2, bank=bank, **options).x
+        torch.testing.assert_close(found, whole, rtol=0, atol=1e-9)
+    except ArgumentError as error:
+        assert "ss.shared" in str(error)
+    told = ss.sample(net, SDE, x=x, chunk=2, bank=ss.shared(bank), **options).x
+    torch.testing.assert_close(told, whole, rtol=0, atol=1e-9)
 
 
 def test_rows_that_were_marked_must_be_there() -> None:
