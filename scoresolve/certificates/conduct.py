@@ -12,6 +12,7 @@ from torch import Tensor
 from scoresolve.certificates.certificate import MEAN, VARIANCE, Check
 from scoresolve.certificates.probes import ENDLESS, Endless, Misshapen, Spoilt, Watched
 from scoresolve.certificates.randomness import Draws, Seeded
+from scoresolve.conditions import per_sample
 from scoresolve.errors import Status
 from scoresolve.models import Model
 from scoresolve.noise import Philox, Purpose
@@ -84,7 +85,7 @@ class Ours(Subject):
             x=self.starts(rows, torch.float64),
             solver=self.solver,
             seed=seed,
-            row=torch.arange(rows),
+            row=per_sample(torch.arange(rows)),
             t_start=self.start,
             t_end=self.end,
             steps=STEPS if isinstance(self.solver, Solver) else None,
