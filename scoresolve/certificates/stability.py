@@ -9,9 +9,9 @@ deviation 1e-3 to 1, on the solver's own grid and the whole way:
 
 m_k the k-th prediction, size_k = |p| + |q| its size for m = p x0 + q eps, and u = 2^-9 the rounding
 of bfloat16. A sampler that knows nothing but the size of the data, N(mean, 1), is wrong by less
-than 1, so a number above 1 is an explosion. Of a stable method the second tends to what the exact flow
-makes of such errors; a parasitic root of a multistep method multiplies it from step to step, by
-exp(2 int |df/dy|) in all if it is weak (leapfrog) and without end if it lies outside the circle.
+than 1, so a number above 1 is an explosion. Of a stable method the second tends to what the exact
+flow makes of such errors; a parasitic root of a multistep method multiplies it from step to step,
+by exp(2 int |df/dy|) in all if it is weak (leapfrog) and without end if it lies outside the circle.
 """
 
 from __future__ import annotations
