@@ -70,7 +70,7 @@ class Certificate:
         bias: exact errors at several budgets.
         checks: every claim with its outcome.
         not_proved: what the checks do not cover.
-        worlds: where several processes were taken, the certificate on each; the others fields then
+        worlds: where several processes were taken, the certificate on each; the other fields then
             hold for all: a check passes if it does everywhere, an order is the lowest, its errors
             are those where it was, and biases are the largest.
     """
@@ -151,6 +151,7 @@ def joined(worlds: Sequence[Certificate]) -> Certificate:
         nfe="; ".join(dict.fromkeys(world.nfe for world in worlds)),
         checks=checks,
         bias=_joined_bias(worlds),
+        steps=max((world.steps for world in worlds), key=len),
         errors=errors,
         orders=orders,
         not_proved=_joined_rest(worlds, names),

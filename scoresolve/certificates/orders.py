@@ -52,7 +52,7 @@ __all__ = [
     "start_for",
 ]
 
-FINE, END = 256, 64
+FINE, END, FEW = 256, 64, 64
 REFERENCE, STARTS, MOST_CALLS = 1e-12, 24, 1100
 """Tolerance of the exact images, how many, and what a run that is held against them may cost."""
 PATHS = 100
@@ -131,7 +131,6 @@ class Planned(Measurable):
         self.follows_paths = solver.stochastic and noise_rule(solver) == "path"
         self.inside = inside(sde)
         self.plan = functools.cache(self._plan)  # for as long as the subject lives
-        self.whole = functools.cache(self._whole)
         self.on_a_path = functools.cache(self._on_a_path)
 
     @functools.cached_property
@@ -171,9 +170,16 @@ class Planned(Measurable):
         return self.plan(n).run(target.score_model(self.sde), x, _paths(_Key(self.sde)))
 
     def budgeted(self, budget: int) -> tuple[int, ExactLaw] | None:
-        if (traced := self.whole(budget)) is None:
+        if (traced := self._whole(budget)) is None:
             return None
         return traced.nfe, traced.law(MEAN, VARIANCE, start="marginal")
+
+    def about(self, calls: int) -> Plan:
+        """A plan of about so many calls on the whole way, one step at least."""
+        steps = max(1, round(calls * self.plan(FEW).steps / self.plan(FEW).nfe))
+        return make_plan(
+            self.solver, self.sde, grid_for(self.solver, self.sde, steps=steps, t_start=self.start)
+        )
 
     def _whole(self, budget: int) -> Plan | None:
         """The plan of a budget on the whole way; None where it does not reach for a step."""
