@@ -92,7 +92,7 @@ class SolverTable(SphinxDirective):
         ]
         found = {}
         for name in names:
-            certificate = certify(name, budgets=self.budgets)
+            certificate = certify(name, VP(), budgets=self.budgets)
             errors = [*errors_of(certificate, self.budgets), *landings_of(name, landed)]
             found[name] = orders_of(certificate), errors
         return found

@@ -13,18 +13,30 @@ from torch import Tensor
 
 import scoresolve as ss
 from scoresolve.certificates import certify, measured_order
+from scoresolve.certificates.measured import Drawn, law_checks, modes
+from scoresolve.certificates.stability import (
+    amplification,
+    rounding_errors,
+    stability_checks,
+    stability_of,
+)
 from scoresolve.errors import ArgumentError, UnknownNameError
+from scoresolve.noise import Purpose
 from scoresolve.plans import Linear, Run
 from scoresolve.sde import TimeLike, as_time
 from scoresolve.solvers import (
     REGISTRY,
     SRA1,
+    Corrector,
     DPMSolverPP,
     EulerMaruyama,
+    PredictorCorrector,
     ShARK,
     Solver,
     get_solver,
 )
+from scoresolve.solvers.adams import adams_weights
+from scoresolve.solvers.forms import get_form
 
 FIXED = [name for name in REGISTRY if isinstance(get_solver(name), Solver)]
 COARSE = (32, 64, 128, 256)
@@ -36,11 +48,193 @@ def test_every_registered_solver_passes(name: str) -> None:
     assert certificate.passed, str(certificate)
 
 
-@pytest.mark.parametrize("sde", [ss.RectifiedFlow(), ss.EDM(), ss.SubVP()], ids=repr)
+@pytest.mark.parametrize("sde", [ss.EDM(), ss.SubVP()], ids=repr)
 @pytest.mark.parametrize("name", ["euler", "heun", "ab3_v", "dpmpp_2m", "ddpm", "stochastic_heun"])
 def test_certificates_hold_on_other_processes(name: str, sde: ss.GaussianSDE) -> None:
     certificate = certify(name, sde, budgets=(20,))
     assert certificate.passed, str(certificate)
+
+
+class Nystroem(Solver):
+    """The explicit midpoint method over two steps: y_{n+1} = y_{n-1} + int of a line of slopes."""
+
+    order, remembers, source = 2, True, "Hairer et al. 1993, III.1"
+
+    def __init__(self, form: str = "v", blind: bool = False) -> None:
+        self.form, self.blind, self.name = get_form(form), blind, f"nystroem_{form}"
+        self.predicts = self.form.prediction
+        self.jumps_at_noise = self.form.singular_at_noise
+
+    def step(self, x: Linear, t: float, s: float, run: Run) -> Linear:
+        form = self.form
+        now, end = form.clock(run, t), form.clock(run, s)
+        y = x / form.scale(run, t)
+        slope = form.slope(run, y, t)
+        if not run.past:
+            return form.scale(run, s) * (y + (end - now) * slope)
+        past = run.past[-1]
+        start = form.clock(run, past.t)
+        before = form.slope_from(run, past.t, past.x, past.m)
+        y_before = past.x / form.scale(run, t if self.blind else past.t)
+        return form.scale(run, s) * self.joined(y_before, y, before, slope, (start, now, end))
+
+    def joined(
+        self, y_before: Linear, y: Linear, before: Linear, slope: Linear, clock: tuple[float, ...]
+    ) -> Linear:
+        start, now, end = clock
+        w = adams_weights([start, now], start, end)
+        return y_before + w[0] * before + w[1] * slope
+
+
+class Parasite(Nystroem):
+    """y_{n+1} = (1 + r) y_n - r y_{n-1} + slopes: consistent, of roots 1 and r."""
+
+    def __init__(self, root: float, form: str = "v") -> None:
+        super().__init__(form)
+        self.root, self.name = root, f"parasite_{root:g}_{form}"
+
+    def joined(
+        self, y_before: Linear, y: Linear, before: Linear, slope: Linear, clock: tuple[float, ...]
+    ) -> Linear:
+        (start, now, end), r = clock, self.root
+        old, new = (adams_weights([start, now], *span) for span in ((start, now), (now, end)))
+        flow = (new[0] - r * old[0]) * before + (new[1] - r * old[1]) * slope
+        return (1 + r) * y - r * y_before + flow
+
+
+class ForwardScore(Solver):
+    """Euler in time, three times as fast as the flow and back: stable only with short steps."""
+
+    name, predicts, order, source = "forward", "flow", 1, "none"
+
+    def step(self, x: Linear, t: float, s: float, run: Run) -> Linear:
+        ahead = x + 9 * (s - t) * run.predict(x, t)
+        return x + (s - t) * run.predict(ahead, s)
+
+
+def test_a_factor_that_is_one_on_vp_alone_is_seen_by_default() -> None:
+    right, wrong = certify(Nystroem()), certify(Nystroem(blind=True))
+    assert right.passed, str(right)
+    assert not wrong.passed
+    on_vp, on_flow = wrong.worlds
+    assert on_vp.passed and not on_flow.passed
+    assert wrong.orders["path"] == on_flow.orders["path"] < 0.5
+    assert wrong.errors["path"] == on_flow.errors["path"]
+    seen = next(check.seen for check in wrong.checks if check.claim == "order 2 of the path")
+    assert seen.startswith("RectifiedFlow: measured")
+    assert (
+        certify(Nystroem(blind=True), ss.VP(), refinements=COARSE)
+        .not_proved[0]
+        .startswith("any process but VP")
+    )
+
+
+STABLE = "does not blow up narrow data or small errors"
+
+
+@pytest.mark.parametrize(
+    "unstable",
+    [
+        Nystroem("eps"),
+        Parasite(-5.0),
+        Parasite(1.2),
+        Parasite(-1.02),
+        Parasite(1.02),
+        ForwardScore(),
+    ],
+    ids=repr,
+)
+def test_a_consistent_method_that_is_unstable_fails(unstable: Solver) -> None:
+    certificate = certify(unstable, refinements=(32, 64, 128), budgets=(20,))
+    assert not certificate.passed
+
+
+def test_a_parasitic_root_is_seen_by_what_it_makes_of_rounding_where_the_law_is_right() -> None:
+    certificate = certify(Nystroem("eps"), refinements=(32, 64, 128), budgets=(20,))
+    assert min(certificate.orders.values()) > 1.8
+    assert [check.claim for check in certificate.checks if not check.passed] == [STABLE]
+    weak = certify(Nystroem(), ss.VP(), refinements=COARSE)
+    assert any("a network with errors" in what for what in weak.not_proved)
+
+
+def test_amplification_of_an_exponential_euler_step_is_the_weight_by_hand() -> None:
+    """DDIM on EDM: x_s = (s/t) x_t + (1 - s/t) x0, and an error of x0 is -t of that of eps."""
+    plan = ss.plan("ddim", ss.EDM(), (4.0, 1.0))
+    exact = math.sqrt(1 + 1.0) * (math.asinh(4.0) - math.asinh(1.0))
+    assert amplification(plan, [1.0])[0] == pytest.approx(3.0 / exact)
+    assert rounding_errors(plan, [1.0])[0] == pytest.approx(0.75 / 512)
+
+
+def test_a_known_limit_is_stated_and_no_failure() -> None:
+    found = [stability_of(ss.plan("stochastic_heun", ss.VP(), steps)) for steps in _grids(10, 50)]
+    checks, notes = stability_checks(found, "stochastic_heun", True)
+    assert all(check.passed for check in checks) and notes[0].startswith("fewer than 50 calls")
+    assert not all(check.passed for check in stability_checks(found, "another", True)[0])
+
+
+def _grids(*steps: int) -> list[tuple[float, ...]]:
+    return [ss.make_grid("flow", ss.VP(), n).times for n in steps]
+
+
+class NormRule(Corrector):
+    """Langevin moves with a step from norms, sample by sample, which do not leave p invariant."""
+
+    name, source, calls = "norms", "none", 1
+
+    def correct(self, x: Linear, t: float, run: Run) -> Linear:
+        return run.apply(self, x, t)
+
+    def size(self, x: Tensor, score: Tensor, z: Tensor, t: float) -> Tensor:
+        return 2 * (0.16 * z.norm(dim=1, keepdim=True) / score.norm(dim=1, keepdim=True)) ** 2
+
+    def __call__(self, x: Tensor, t: float, predict: Any, noise: Any, draw: int) -> Tensor:
+        score = predict("score", x, t)
+        z = noise.normal(x, draw, Purpose.CORRECTOR)
+        delta = self.size(x, score, z, t)
+        return x + delta * score + (2 * delta).sqrt() * z
+
+
+class ShortMoves(NormRule):
+    """The same with one short step for all."""
+
+    name = "short"
+
+    def __init__(self, sde: ss.GaussianSDE) -> None:
+        self.sde = sde
+
+    def size(self, x: Tensor, score: Tensor, z: Tensor, t: float) -> Tensor:
+        return 0.01 * self.sde.sigma(t) ** 2
+
+
+@pytest.mark.parametrize("sde", [ss.VP(), ss.RectifiedFlow()], ids=["VP", "RectifiedFlow"])
+def test_a_step_that_is_not_linear_has_its_law_measured(sde: ss.GaussianSDE) -> None:
+    right = certify(PredictorCorrector(get_solver("dpmpp_2m_sde"), ShortMoves(sde)), sde)
+    assert right.passed, str(right)
+    wrong = certify(PredictorCorrector(get_solver("dpmpp_2m_sde"), NormRule()), sde)
+    failed = {check.claim for check in wrong.checks if not check.passed}
+    assert {f"has the right law in {d}" for d in ("1 dimension", "2 dimensions")} <= failed
+    assert any("exact law" in what for what in right.not_proved)
+
+
+def test_a_measured_law_tells_a_third_of_variance_and_a_share_but_not_chance() -> None:
+    sde, ends = ss.VP(), (1.0, 1e-3)
+
+    def drawn(change: Any) -> set[bool]:
+        def draw(model: ss.Model, x: Tensor) -> Drawn:
+            law = modes(x.shape[1]).marginal(sde, ends[1])
+            return Drawn(change(law, law.sample(len(x), seed=3)))
+
+        return {check.passed for check in law_checks(draw, sde, ends)[0]}
+
+    def wider(law: ss.GaussianMixture, x: Tensor) -> Tensor:
+        near = law.means[(x[:, :1] > 0).long()[:, 0]]
+        return near + 1.17 * (x - near)
+
+    assert drawn(lambda law, x: x) == {True}
+    assert drawn(wider) == {False}
+    assert drawn(lambda law, x: -x) == {False}
+    assert drawn(lambda law, x: x + 0.1) == {False}
+    assert drawn(lambda law, x: x * math.nan) == {False}
 
 
 class WrongSigma(DPMSolverPP):
@@ -158,6 +352,10 @@ def test_a_certificate_prints_and_saves() -> None:
     data = json.loads(certificate.to_json())
     assert data["passed"] is True
     assert data["solver"] == "ddim"
+    assert [world["passed"] for world in data["worlds"]] == [True, True]
+    assert "RectifiedFlow" in certificate.process and "[not proved]" in str(
+        certify("ddim", ss.VP(), refinements=(8, 16))
+    )
 
 
 def test_bad_input_is_refused() -> None:

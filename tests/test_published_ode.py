@@ -22,6 +22,7 @@ from torch import Tensor
 
 import scoresolve as ss
 from scoresolve.plans import Combine
+from scoresolve.sde import VP
 from scoresolve.solvers import (
     DEIS,
     AdamsBashforth,
@@ -528,3 +529,12 @@ def test_heun_to_sigma_zero_is_algorithm_1_of_edm(name: str, process: str) -> No
 
     levels = [*(p.rho(t) for t in times[:-1]), 0.0]
     same(out, edm_heun(denoiser, x / p.alpha(times[0]), levels))
+
+
+@pytest.mark.parametrize("nfe", range(2, 13))
+def test_dpm_fast_spends_its_budget_to_the_last_call_on_orders_three_and_two(nfe: int) -> None:
+    solver = ss.solvers.DPMSolverFast(nfe)
+    orders = solver.orders(0)
+    assert sum(orders) == nfe and set(orders) <= {2, 3} and orders.count(2) <= 2
+    assert ss.plan("dpm_fast", VP(), ss.make_grid("log_snr", VP(), 4)).nfe == 11
+    assert ss.plan(solver, VP(), ss.make_grid("log_snr", VP(), len(orders))).nfe == nfe

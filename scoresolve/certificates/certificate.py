@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from scoresolve.json_text import json_text
 
@@ -16,6 +17,7 @@ __all__ = [
     "Bias",
     "Certificate",
     "Check",
+    "joined",
     "measured_order",
     "shown",
 ]
@@ -67,6 +69,10 @@ class Certificate:
         nfe: network calls as a function of the steps n.
         bias: exact errors at several budgets.
         checks: every claim with its outcome.
+        not_proved: what the checks do not cover.
+        worlds: where several processes were taken, the certificate on each; the other fields then
+            hold for all: a check passes if it does everywhere, an order is the lowest, its errors
+            are those where it was, and biases are the largest.
     """
 
     solver: str
@@ -78,6 +84,8 @@ class Certificate:
     steps: tuple[int, ...] = ()
     errors: dict[str, tuple[float, ...]] = field(default_factory=dict)
     orders: dict[str, float] = field(default_factory=dict)
+    not_proved: tuple[str, ...] = ()
+    worlds: tuple[Certificate, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -91,7 +99,11 @@ class Certificate:
 
     def to_json(self) -> str:
         """The certificate as JSON, see `json_text`."""
-        return json_text({**asdict(self), "passed": self.passed})
+        return json_text(self._fields())
+
+    def _fields(self) -> dict[str, Any]:
+        worlds = [world._fields() for world in self.worlds]
+        return {**asdict(self), "worlds": worlds, "passed": self.passed}
 
     def __str__(self) -> str:
         order = "none" if self.nominal_order is None else f"{self.nominal_order:g}"
@@ -111,7 +123,89 @@ class Certificate:
                 f"  {row.nfe:6d}  {row.mean_error:10.2e}  {row.variance_error:14.2e}  {path:>10}"
             )
         lines += [f"  [{'ok' if c.passed else 'FAIL'}] {c.claim}: {c.seen}" for c in self.checks]
+        lines += [f"  [not proved] {what}" for what in self.not_proved]
         return "\n".join(lines)
+
+
+def joined(worlds: Sequence[Certificate]) -> Certificate:
+    """One certificate of one sampler on several processes, at least one."""
+    first, *others = worlds
+    if not others:
+        return first
+    names = [world.process.partition("(")[0] for world in worlds]
+    if len({*names}) < len(names):
+        names = [world.process for world in worlds]
+    claims = dict.fromkeys(check.claim for world in worlds for check in world.checks)
+    checks = tuple(_joined_check(claim, worlds, names) for claim in claims)
+    orders = {
+        name: min(world.orders[name] for world in worlds if name in world.orders)
+        for name in dict.fromkeys(name for world in worlds for name in world.orders)
+    }
+    errors = {
+        name: next(w.errors[name] for w in worlds if w.orders.get(name) == order)
+        for name, order in orders.items()
+    }
+    return replace(
+        first,
+        process=" and ".join(world.process for world in worlds),
+        nfe="; ".join(dict.fromkeys(world.nfe for world in worlds)),
+        checks=checks,
+        bias=_joined_bias(worlds),
+        steps=max((world.steps for world in worlds), key=len),
+        errors=errors,
+        orders=orders,
+        not_proved=_joined_rest(worlds, names),
+        worlds=tuple(worlds),
+    )
+
+
+def _joined_check(claim: str, worlds: Sequence[Certificate], names: Sequence[str]) -> Check:
+    """What was seen where it failed or, if it held, everywhere."""
+    found = [
+        (check, name)
+        for world, name in zip(worlds, names, strict=True)
+        for check in world.checks
+        if check.claim == claim
+    ]
+    passed = all(check.passed for check, _ in found)
+    seen = _seen((check.seen, name) for check, name in found if passed or not check.passed)
+    return Check(claim, passed, seen)
+
+
+def _seen(found: Iterable[tuple[str, str]]) -> str:
+    """Texts, each with the names of the processes it belongs to unless it is the only one."""
+    where: dict[str, list[str]] = {}
+    for text, name in found:
+        where.setdefault(text, []).append(name)
+    if len(where) == 1 and len(next(iter(where.values()))) > 1:
+        return next(iter(where))
+    return "; ".join(f"{' and '.join(names)}: {text}" for text, names in where.items())
+
+
+def _joined_bias(worlds: Sequence[Certificate]) -> tuple[Bias, ...]:
+    rows = zip(*(world.bias for world in worlds), strict=False)
+    return tuple(
+        Bias(
+            max(row.nfe for row in each),
+            max(row.mean_error for row in each),
+            max(row.variance_error for row in each),
+            None
+            if (paths := [r.path_error for r in each if r.path_error is not None]) == []
+            else max(paths),
+        )
+        for each in rows
+    )
+
+
+def _joined_rest(worlds: Sequence[Certificate], names: Sequence[str]) -> tuple[str, ...]:
+    where: dict[str, list[str]] = {}
+    for world, name in zip(worlds, names, strict=True):
+        for what in world.not_proved:
+            where.setdefault(what, []).append(name)
+    return tuple(
+        what if len(found) == len(names) else f"{what}, on {' and '.join(found)}"
+        for what, found in where.items()
+    )
 
 
 def shown(order: float | None) -> str:

@@ -11,7 +11,7 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -43,6 +43,7 @@ from scoresolve.targets import GaussianMixture, gaussian, ring
 __all__ = [
     "Boxed",
     "Measurable",
+    "Orders",
     "Planned",
     "biases",
     "finite_checks",
@@ -51,7 +52,7 @@ __all__ = [
     "start_for",
 ]
 
-FINE = 256
+FINE, END, FEW = 256, 64, 64
 REFERENCE, STARTS, MOST_CALLS = 1e-12, 24, 1100
 """Tolerance of the exact images, how many, and what a run that is held against them may cost."""
 PATHS = 100
@@ -132,6 +133,11 @@ class Planned(Measurable):
         self.plan = functools.cache(self._plan)  # for as long as the subject lives
         self.on_a_path = functools.cache(self._on_a_path)
 
+    @functools.cached_property
+    def start(self) -> float:
+        """Where the whole way starts."""
+        return start_for(self.solver, self.sde)
+
     def _plan(self, n: int) -> Plan:
         return make_plan(self.solver, self.sde, make_grid("cosine", self.sde, n, *self.inside))
 
@@ -164,13 +170,24 @@ class Planned(Measurable):
         return self.plan(n).run(target.score_model(self.sde), x, _paths(_Key(self.sde)))
 
     def budgeted(self, budget: int) -> tuple[int, ExactLaw] | None:
-        start = start_for(self.solver, self.sde)
+        if (traced := self._whole(budget)) is None:
+            return None
+        return traced.nfe, traced.law(MEAN, VARIANCE, start="marginal")
+
+    def about(self, calls: int) -> Plan:
+        """A plan of about so many calls on the whole way, one step at least."""
+        steps = max(1, round(calls * self.plan(FEW).steps / self.plan(FEW).nfe))
+        return make_plan(
+            self.solver, self.sde, grid_for(self.solver, self.sde, steps=steps, t_start=self.start)
+        )
+
+    def _whole(self, budget: int) -> Plan | None:
+        """The plan of a budget on the whole way; None where it does not reach for a step."""
         try:
-            grid = grid_for(self.solver, self.sde, nfe=budget, t_start=start)
+            grid = grid_for(self.solver, self.sde, nfe=budget, t_start=self.start)
         except GridError:
             return None
-        traced = make_plan(self.solver, self.sde, grid)
-        return traced.nfe, traced.law(MEAN, VARIANCE, start="marginal")
+        return make_plan(self.solver, self.sde, grid)
 
 
 class Boxed(Measurable):
@@ -272,8 +289,9 @@ def inside(sde: GaussianSDE) -> tuple[float, float]:
 
 
 def _to_the_end(sde: GaussianSDE) -> tuple[float, ...]:
-    """A fine grid in log-SNR, from -5."""
-    return make_grid("log_snr", sde, FINE, float(sde.time_from_log_snr(-5.0))).times
+    """A fine grid in log-SNR over the last 6, so that what is judged is the end and not the way."""
+    start = sde.time_from_log_snr(sde.log_snr(sde.t_min) - 6)
+    return make_grid("log_snr", sde, END, float(start)).times
 
 
 def _last_level(sde: GaussianSDE, t: float) -> float:
@@ -294,16 +312,24 @@ def end_check(subject: Measurable) -> Check:
     return Check(claim, 0.75 < kept < 1.33, f"{kept:.3f} of the true one")
 
 
-def orders_of(
-    subject: Measurable, steps: Sequence[int], margin: float
-) -> tuple[dict[str, tuple[float, ...]], dict[str, float], list[Check]]:
+class Orders(NamedTuple):
+    """Errors and orders by quantity, and the verdicts on them."""
+
+    errors: dict[str, tuple[float, ...]]
+    orders: dict[str, float]
+    checks: list[Check]
+
+
+def orders_of(subject: Measurable, steps: Sequence[int], margin: float) -> Orders:
     """Errors at several numbers of steps by quantity, the orders between them, and the verdicts."""
     try:
         laws = [subject.law(n) for n in steps]
     except Exception as error:  # of any kind: the sampler may be anyone's
         known = isinstance(error, ScoresolveError)
         seen = str(error) if known else f"{type(error).__name__}: {error}"
-        return {}, {}, [Check("has an exact law", known and subject.order is None, seen)]
+        if known and subject.order is None:
+            return Orders({}, {}, [])
+        return Orders({}, {}, [Check("has an exact law", False, seen)])
     errors = {
         "mean": tuple(law.mean_error for law in laws),
         "covariance": tuple(law.variance_error for law in laws),
@@ -321,7 +347,7 @@ def orders_of(
     }
     ends = [end_check(subject)] if subject.judged_at_end else []
     if subject.order is None:
-        return errors, orders, ends
+        return Orders(errors, orders, ends)
     checks = [] if (jump := subject.jumps(steps)) is None else [_jump_check(subject, steps, jump)]
     for name, p in orders.items():
         strong = subject.stochastic and name == "strong"
@@ -334,7 +360,7 @@ def orders_of(
         for name, found in errors.items()
         if _worsens(found, floors.get(name, subject.rounding))
     ]
-    return errors, orders, [*checks, *ends]
+    return Orders(errors, orders, [*checks, *ends])
 
 
 def _jump_check(subject: Measurable, steps: Sequence[int], levels: Sequence[float]) -> Check:
