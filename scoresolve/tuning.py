@@ -91,7 +91,8 @@ def measure_scale(
             from a model that is wrong at those levels.
         ShapeError: an event of no elements.
     """
-    return _scale(_ask(score, sde, event, LEVELS, pairs, seed, dtype, device, cond))
+    held = unmarked(cond)
+    return _scale(_ask(score, sde, event, LEVELS, pairs, seed, dtype, device, held))
 
 
 @dataclass(frozen=True)

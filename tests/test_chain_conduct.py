@@ -240,6 +240,32 @@ def test_with_a_score_of_each_row_alone_a_chain_has_the_same_bits_in_any_batch(
 # The surroundings
 
 
+@pytest.mark.parametrize("marked", [False, True])
+def test_conditions_as_long_as_the_batch_are_read_right_or_refused(marked: bool) -> None:
+    x, table, own = points(6, 2), torch.linspace(-1, 1, 6), torch.arange(6).flip(0)
+    sde, ref = ss.VP(), ss.shared(table) if marked else table
+
+    def looked_up(x: Tensor, t: Tensor, table: Tensor, own: Tensor) -> Tensor:
+        return table[own][:, None] - x
+
+    def pooled(x: Tensor, t: Tensor, table: Tensor) -> Tensor:
+        return table.square().mean() - x
+
+    verbs: list[Callable[..., Tensor]] = [
+        lambda net, **k: ss.run_chains(net, x=x, t=0.5, kernel=ULA(0.1), steps=2, **k).x,
+        lambda net, **k: ss.annealed_langevin(net, sde, [0.5, 0.1], x=x, steps=2, **k).x,
+        lambda net, **k: ss.simulated_annealing(net, [1.0], x=x, t=0.5, kernel=ULA(0.1), **k).x,
+    ]
+    for verb in verbs:
+        found = [verb(looked_up, table=ref, own=own, chunk=chunk) for chunk in (4, 6)]
+        assert torch.equal(*found)
+        if marked:
+            assert torch.equal(*(verb(pooled, table=ref, chunk=chunk) for chunk in (4, 6)))
+        else:
+            with pytest.raises(ArgumentError, match="table"):
+                verb(pooled, table=ref, chunk=4)
+
+
 def test_chains_work_under_any_default_device_dtype_and_in_inference_mode() -> None:
     x = points(4, 2)
     energy = ss.from_energy(lambda x, t: x.square().sum(1) / 2)

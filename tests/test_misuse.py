@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import scoresolve as ss
 from scoresolve.errors import (
     ArgumentError,
     GridError,
@@ -391,3 +392,61 @@ def test_an_unknown_solver_is_not_answered_with_all_names() -> None:
     with pytest.raises(UnknownNameError) as found:
         get_solver("qqqqqqqq" * 1000)
     assert len(str(found.value)) < 250 and "scoresolve solvers" in str(found.value)
+
+
+def test_verbs_compute_where_the_state_is_whatever_the_default_device() -> None:
+    ring, sde = ss.targets.ring(), EDM()
+    model = ss.from_eps(lambda x, t: ring.score_model(sde).predict("eps", x, t), sde)
+    data, start = ring.sample(16), 80.0 * ring.sample(16, seed=1)
+    names = (
+        "dopri5",
+        "adams",
+        "dpm_solver_12",
+        "adaptive_sde",
+        "torchdiffeq_rk4",
+        "torchsde_euler",
+    )
+
+    def run() -> list[Tensor]:
+        found = [ss.sample(model, sde, x=start[:4], solver=name, t_end=40.0).x for name in names]
+        found.append(ss.log_likelihood(model, sde, data[:4]).log_prob)
+        found.append(ss.differentiable_log_likelihood(model, sde, data[:4], steps=2))
+        seen = repr(ss.check_model(model, sde, data, levels=2))
+        seen += repr(ss.verify_model(model, sde, data, levels=2, quantities=("denoising",)))
+        seen += repr(ss.compare_samples(data, start[:12]))
+        return [*found, torch.tensor([hash(seen)], device="cpu")]
+
+    expected = run()
+    with torch.device("meta"):
+        found = run()
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def test_marks_of_conditions_reach_no_network() -> None:
+    sde, x = EDM(), torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
+    table, own = torch.linspace(-1, 1, 4), torch.tensor([3, 1, 0, 2])
+
+    def net(x: Tensor, t: Tensor, table: Tensor, own: dict[str, Tensor]) -> Tensor:
+        return -(x - table[own["i"]][:, None]) / (1 + t[:, None] ** 2)
+
+    def run(**cond: Any) -> list[Tensor]:
+        return [
+            ss.differentiable_sample(net, sde, x, steps=2, **cond),
+            ss.differentiable_log_likelihood(net, sde, x, steps=2, **cond),
+            ss.continuous_bound(net, sde, x, draws=2, **cond).diffusion,
+            ss.ito_bound(net, sde, x, steps=2, draws=2, **cond).paths,
+        ]
+
+    plain = run(table=table, own={"i": own})
+    marked = run(table=ss.shared(table), own=ss.per_sample({"i": own}))
+    assert all(torch.equal(a, b) for a, b in zip(plain, marked, strict=True))
+    assert ss.check_model(net, sde, x, table=ss.shared(table), own=ss.per_sample({"i": own}))
+    scale = ss.measure_scale(
+        ss.from_x0(lambda x, t, c: x / (1 + t[:, None] ** 2) + 0 * c, sde),
+        sde,
+        (2,),
+        c=ss.shared(1.0),
+    )
+    assert math.isclose(
+        scale, ss.measure_scale(ss.from_x0(lambda x, t: x / (1 + t[:, None] ** 2), sde), sde, (2,))
+    )
