@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from scoresolve.conditions import split_cond
+from scoresolve.conditions import settled, split_cond
 from scoresolve.driving import failure, in_chunks, rejoined, warn_of_dropout
 from scoresolve.errors import (
     ArgumentError,
     GridError,
     ShapeError,
     Status,
+    check_output,
     real_number,
     row_status,
     whole_number,
@@ -188,6 +189,7 @@ def annealed_langevin(
 
     warn_of_dropout(score)
     source = as_noise(noise, seed)
+    cond = _settled(score, levels[-1], nodes, x, cond)
     out, _ = _anneal(chosen, make, units, steps, x, source, chunk, progress, raise_on_failure, cond)
     return out
 
@@ -250,6 +252,7 @@ def simulated_annealing(
 
     warn_of_dropout(f)
     source = as_noise(noise, seed)
+    cond = _settled(f, t, nodes, x, cond)
     out, _ = _anneal(chosen, make, units, steps, x, source, chunk, progress, raise_on_failure, cond)
     return out
 
@@ -372,6 +375,23 @@ def annealed_importance(
 
 _Conditions = Callable[[Tensor], dict[str, Any]]
 """From the numbers of samples of the batch to their conditions."""
+
+
+def _settled(
+    score: Density, t: float | None, nodes: int, x: Tensor, cond: dict[str, Any]
+) -> dict[str, Any]:
+    """The conditions with a mark wherever the score alone can tell, as it is at time `t`."""
+
+    def answer(i: int, one: dict[str, Any]) -> Tensor:
+        state = x[i : i + 1].clone()
+        found = as_target(score, t, nodes, **one).evaluate(state)[1]
+        check_output(found, state)
+        return found
+
+    if not cond:
+        return cond
+    check_chains(x)
+    return settled(cond, len(x), answer)
 
 
 def _target_of_rows(

@@ -41,8 +41,9 @@ __all__ = [
 _MOST_READINGS: Final = 16
 """Combinations of readings that are tried: four tensors that may be read in two ways each."""
 
-_AGREE: Final = 1e-3
-"""Difference below which two answers are one: rounding of half precision, 2^-9 to 2^-11."""
+_AGREE: Final = 16
+"""Units of rounding, of the answer's dtype, within which two answers are one: where noise hides
+what a condition does, readings that differ give answers that differ by little."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,7 +181,7 @@ def settled(
     differ = {
         i
         for other, m in taken[1:]
-        if first is not None and not torch.allclose(m, first, _AGREE, _AGREE, equal_nan=True)
+        if first is not None and not _agree(m, first)
         for i, mine, its in zip(doubtful, chosen, other, strict=True)
         if mine is not its
     }
@@ -188,6 +189,15 @@ def settled(
         raise _ambiguous([_keystr(pairs[i][0]) for i in sorted(differ)], batch)
     result: dict[str, Any] = tree_unflatten(_marked(leaves, doubtful, chosen), spec)
     return result
+
+
+def _agree(a: Tensor, b: Tensor) -> bool:
+    """Whether two answers differ by rounding alone, each row measured by its largest number."""
+    if not torch.equal(a.isnan(), b.isnan()):
+        return False
+    a, b = (m.nan_to_num().reshape(len(m), -1) for m in (a, b))
+    room = _AGREE * torch.finfo(a.dtype).eps * b.abs().amax(1)
+    return bool(((a - b).abs().amax(1) <= room).all())
 
 
 def _follows(value: Any, batch: int) -> bool:

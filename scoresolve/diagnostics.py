@@ -17,6 +17,7 @@ from torch import Tensor
 
 from scoresolve.errors import ArgumentError, ScoresolveError, ShapeError
 from scoresolve.monte_carlo import Chains
+from scoresolve.sde import host
 
 __all__ = ["Diagnostics", "diagnose"]
 
@@ -104,7 +105,7 @@ def diagnose(chains: Chains | Tensor) -> Diagnostics:
     axes = {"chain_axis": 1, "draw_axis": 0}
 
     def shaped(numbers: object) -> Tensor:
-        return torch.as_tensor(numbers, dtype=torch.float64).reshape(samples.shape[2:])
+        return host(numbers).reshape(samples.shape[2:])
 
     ess = array_stats.ess
     draws = values.shape[0] * values.shape[1]

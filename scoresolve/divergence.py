@@ -27,7 +27,7 @@ from torch.autograd import forward_ad
 from scoresolve.errors import ArgumentError, ShapeError, check_output, known_name
 from scoresolve.models import Model, NetworkModel, conversion
 from scoresolve.plans import check_state
-from scoresolve.sde import SDE, GaussianSDE, TimeLike, as_time
+from scoresolve.sde import SDE, GaussianSDE, TimeLike, as_time, host
 
 __all__ = [
     "MODES",
@@ -322,7 +322,8 @@ def velocity_parts(
         return x.new_zeros(len(x)), x.new_ones(len(x)), flow
     prediction, network = watched(model, differentiator).bind("flow")
     parts = conversion(prediction, "flow", sde.point(as_time(t, x)))
-    u, w = (torch.as_tensor(c).expand(len(x)).to(x) for c in parts)
+    u, w = (c if isinstance(c, Tensor) else host(c) for c in parts)
+    u, w = (c.expand(len(x)).to(x) for c in (u, w))
     return u, w, network
 
 

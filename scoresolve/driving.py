@@ -34,7 +34,7 @@ from scoresolve.errors import (
 from scoresolve.models import Model, NetworkModel
 from scoresolve.noise import NoiseSource, Purpose
 from scoresolve.plans import Call, Mark, Plan, StepReport, check_state, model_time
-from scoresolve.sde import SDE, GaussianSDE
+from scoresolve.sde import SDE, GaussianSDE, host
 from scoresolve.solvers import GaussianFlow, Integrator, Solution
 
 __all__ = [
@@ -433,15 +433,21 @@ def _joined(solutions: list[Solution], batch: int) -> dict[str, Any]:
 def settle(cond: dict[str, Any], model: Model, start: Given | Prior, t: float) -> dict[str, Any]:
     """The conditions with a mark wherever the model alone can tell, see `conditions.settled`.
 
-    The model is asked at three samples and time `t`; these calls are not counted, as no sample
-    comes of them.
+    The model is asked at three samples, at time `t` and where data and noise weigh the same, as at
+    an end of the process a condition may not show. These calls are not counted, as no sample comes
+    of them.
     """
+    times, sde = [t], model.sde
+    if isinstance(sde, GaussianSDE):
+        even = sde.time_from_log_snr(host(0.0))
+        times.append(float(even.clamp(sde.t_min, sde.T)))
 
     def answer(i: int, one: dict[str, Any]) -> Tensor:
-        x = start.rows(slice(i, i + 1))
-        m = model.bind("score")[1](x, model_time(t, x), **one)
-        check_output(m, x)
-        return m
+        x, found = start.rows(slice(i, i + 1)), list[Tensor]()
+        for time in times:
+            found.append(model.bind("score")[1](x, model_time(time, x), **one))
+            check_output(found[-1], x)
+        return torch.cat(found)
 
     with torch.no_grad():
         return settled(cond, start.batch, answer) if cond else cond

@@ -27,8 +27,8 @@ from scipy.interpolate import CubicSpline, PchipInterpolator
 from scipy.optimize import least_squares
 from torch import Tensor, nn
 
-from scoresolve.conditions import split_cond
-from scoresolve.driving import Prior, Samples, device_of, failure
+from scoresolve.conditions import part_of
+from scoresolve.driving import Given, Prior, Samples, device_of, failure, settle
 from scoresolve.errors import ArgumentError
 from scoresolve.grid import Grid, as_grid
 from scoresolve.models import Model, as_model
@@ -150,7 +150,8 @@ def fit_grid(
         first = grid_for(resolved, sde, grid=grid, steps=steps, nfe=nfe)
     else:
         first = as_grid(grid)
-    runs = _Runs(model, sde, resolved, x, first, tolerance, chunk, cond)
+    held = settle(cond, model, Given(x), first.times[0])
+    runs = _Runs(model, sde, resolved, x, first, tolerance, chunk, held)
     split = x.shape[0] * 2 // 3
     train, check = slice(0, split), slice(split, None)
     fitted = _fit(runs, first, train)
@@ -188,7 +189,7 @@ class _Runs:
         self.last = first, slice(0), np.zeros((0, 0))
 
     def _run(self, part: slice, **how: Any) -> Samples:
-        cond = split_cond(self.cond, part, len(self.x))
+        cond = part_of(self.cond, part, len(self.x))
         found = sample(self.model, self.sde, x=self.x[part], chunk=self.chunk, **how, **cond)
         self.evaluations += found.rows
         return found

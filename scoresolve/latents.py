@@ -101,7 +101,10 @@ def slerp(a: Tensor, b: Tensor, fractions: float | Sequence[float] | Tensor) -> 
         raise ArgumentError(f"latents are {a.dtype} and {b.dtype}: give floating-point tensors")
     dtype, work = a.dtype, torch.promote_types(a.dtype, torch.float32)
     a, b = a.to(work), b.to(a.device, work)
-    share = torch.as_tensor(fractions, dtype=work, device=a.device)
+    try:
+        share = torch.as_tensor(fractions, dtype=work, device=a.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentError(f"fractions = {fractions!r}: give a number or [N]") from error
     if not bool(torch.isfinite(share).all()):
         raise ArgumentError("fractions are not finite: give numbers, from 0 for a to 1 for b")
     if share.ndim > 1:

@@ -304,11 +304,12 @@ class NetworkModel(Model):
             if self._writes is False:
                 if x.is_inference():
                     return self.net(x, t, **cond)
-                seen = x._version
+                watched = [a for a in (x, t) if isinstance(a, Tensor) and not a.is_inference()]
+                seen = [each._version for each in watched]
                 out: Any = self.net(x, t, **cond)
-                if x._version != seen:
+                if seen != [each._version for each in watched]:
                     raise ArgumentError(
-                        "the network wrote into its input x in place, which it did not do at its "
+                        "the network wrote into its input in place, which it did not do at its "
                         "first call: the state is lost; let it work on a copy, as in "
                         "`lambda x, t: net(x.clone(), t)`"
                     )
@@ -332,10 +333,9 @@ class NetworkModel(Model):
         seen = [copied._version for copied in tensors] if tracked else []
         out = self.net(given, time, **cond)
         if self._writes is None:
-            if tracked:
-                self._writes = seen != [copied._version for copied in tensors]
-            else:
-                self._writes = not bool(((given == x) | x.isnan()).all())
+            self._writes = tracked and seen != [copied._version for copied in tensors]
+            # .data, NumPy and inference mode leave the version as it is
+            self._writes |= not _same(given, x) or not _same(time, t)
             if self._writes:
                 warnings.warn(
                     "the network writes into its input in place, as nn.ReLU(inplace=True) does as "
@@ -361,6 +361,15 @@ class NetworkModel(Model):
         if prediction == "flow" and self.sde is not None:
             return self.sde.probability_flow_drift(x, t, lambda *_: m)
         raise ArgumentError(f"{prediction!r} needs a Gaussian process, got {self.sde}")
+
+
+def _same(a: object, b: object) -> bool:
+    """Whether a copy still has the values that it was made of; what is no tensor was not copied."""
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or a.device.type == "meta":
+        return True
+    if torch._C._functorch.is_functorch_wrapped_tensor(a):
+        return True  # whose values cannot be asked for
+    return bool(((a == b) | b.isnan()).all())
 
 
 def _of_dtypes(error: RuntimeError) -> bool:

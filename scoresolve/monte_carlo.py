@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from scoresolve.conditions import split_cond
+from scoresolve.conditions import settled, split_cond
 from scoresolve.driving import failure, in_chunks, rejoined, warn_of_dropout
-from scoresolve.errors import ArgumentError, Status, whole_number
+from scoresolve.errors import ArgumentError, Status, check_output, whole_number
 from scoresolve.kernels import (
     ChainNoise,
     ChainState,
@@ -143,6 +143,14 @@ def run_chains(
     factor, source = factor_of(covariance, x), as_noise(noise, seed)
     warn_of_dropout(score)
     run = _Run(chosen, steps, warmup, thin if keep else None)
+
+    def answer(i: int, one: dict[str, Any]) -> Tensor:
+        state = x[i : i + 1].clone()
+        found = as_target(score, t, nodes, **one).evaluate(state)[1]
+        check_output(found, state)
+        return found
+
+    cond = settled(cond, batch, answer) if cond else cond
 
     def solve(part: slice, bar: tqdm[object]) -> Chains:
         # the conditions of a chain are those of all its replicas

@@ -235,9 +235,7 @@ def sample(
         raise ArgumentError("give either shape=[B, *event] or a start x=, not both")
     source = as_noise(noise, seed)
     given_times = None if grid is None or isinstance(grid, str) else as_grid(grid, denoise)
-    for name, time in {"t_start": t_start, "t_end": t_end}.items():
-        if time is not None and (isinstance(time, str | bool) or not hasattr(time, "__float__")):
-            raise ArgumentError(f"{name} = {time!r}: give a number")
+    _check_times(t_start, t_end)
     if x is None:
         dtype, device = checked_place(dtype, device or device_of(score))
         start: Given | Prior = Prior(checked_shape(shape), sde, source, dtype, device)
@@ -249,6 +247,8 @@ def sample(
         start = Given(x)
     if chunk is not None:
         whole_number("chunk", chunk)
+    if callback is not None and not callable(callback):
+        raise ArgumentError(f"callback = {callback!r}: give a callable that takes a StepReport")
     spent, mismatch = 0, None
     if isinstance(resolved, Solver):
         if nfe is not None:
@@ -329,6 +329,7 @@ def encode(
     if resolved.stochastic:
         raise ArgumentError(f"{resolved.name!r} draws noise: encoding needs a deterministic solver")
     check_process(sde)
+    _check_times(t_start, t_end)
     if grid is None or isinstance(grid, str):
         if grid in INTEGER_GRIDS and (t_start is not None or t_end is not None):
             raise GridError(
@@ -385,6 +386,16 @@ def _warn_of_signal(sde: SDE, t: float, mismatch: PriorMismatch | None) -> None:
 def _steps_at(budget: int, one: int, two: int) -> int:
     """Steps of a budget, if a first step costs `one` and each other `two - one` calls."""
     return 1 + (budget - one) // max(1, two - one)
+
+
+def _check_times(t_start: object, t_end: object) -> None:
+    for name, time in {"t_start": t_start, "t_end": t_end}.items():
+        try:
+            if isinstance(time, str | bool):
+                raise TypeError
+            float(0.0 if time is None else time)  # type: ignore[arg-type]
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ArgumentError(f"{name} = {time!r}: give a number") from error
 
 
 def _checked_nfe(nfe: int | None) -> int:

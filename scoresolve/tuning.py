@@ -91,7 +91,8 @@ def measure_scale(
             from a model that is wrong at those levels.
         ShapeError: an event of no elements.
     """
-    return _scale(_ask(score, sde, event, LEVELS, pairs, seed, dtype, device, cond))
+    held = unmarked(cond)
+    return _scale(_ask(score, sde, event, LEVELS, pairs, seed, dtype, device, held))
 
 
 @dataclass(frozen=True)
@@ -219,6 +220,10 @@ def _ask(
 ) -> _Answers:
     if not isinstance(sde, GaussianSDE):
         raise ArgumentError(f"{sde} has no noise level sigma/alpha: the scale has no meaning there")
+    try:
+        event = tuple(whole_number("size", size) for size in event)
+    except (TypeError, ScoresolveError) as error:
+        raise ShapeError(f"event = {event}: give the sizes of a sample, [*event]") from error
     size = math.prod(event)
     if size < 1:
         raise ShapeError(f"event = {tuple(event)}: give the shape of samples that hold elements")

@@ -92,7 +92,7 @@ def test_only_chains_that_need_it_are_asked_again_with_their_conditions() -> Non
 
     apart = torch.tensor([[0.0], [2.0], [0.0], [2.0]], dtype=F64)
     x = points(4, 1)
-    out = ss.run_chains(score, x=x, kernel=HMC(0.7, 8), steps=60, apart=apart)
+    out = ss.run_chains(score, x=x, kernel=HMC(0.7, 8), steps=60, apart=ss.per_sample(apart))
     parts = [some for some in asked if len(some) < 4]
     assert parts and all((some == 2).all() for some in parts)
     assert out.calls == len(asked) and out.nfe > 1 + 60 * 11  # a part may ask a chain thrice
@@ -238,6 +238,32 @@ def test_with_a_score_of_each_row_alone_a_chain_has_the_same_bits_in_any_batch(
 
 
 # The surroundings
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_conditions_as_long_as_the_batch_are_read_right_or_refused(marked: bool) -> None:
+    x, table, own = points(6, 2), torch.linspace(-1, 1, 6), torch.arange(6).flip(0)
+    sde, ref = ss.VP(), ss.shared(table) if marked else table
+
+    def looked_up(x: Tensor, t: Tensor, table: Tensor, own: Tensor) -> Tensor:
+        return table[own][:, None] - x
+
+    def pooled(x: Tensor, t: Tensor, table: Tensor) -> Tensor:
+        return table.square().mean() - x
+
+    verbs: list[Callable[..., Tensor]] = [
+        lambda net, **k: ss.run_chains(net, x=x, t=0.5, kernel=ULA(0.1), steps=2, **k).x,
+        lambda net, **k: ss.annealed_langevin(net, sde, [0.5, 0.1], x=x, steps=2, **k).x,
+        lambda net, **k: ss.simulated_annealing(net, [1.0], x=x, t=0.5, kernel=ULA(0.1), **k).x,
+    ]
+    for verb in verbs:
+        found = [verb(looked_up, table=ref, own=own, chunk=chunk) for chunk in (4, 6)]
+        assert torch.equal(*found)
+        if marked:
+            assert torch.equal(*(verb(pooled, table=ref, chunk=chunk) for chunk in (4, 6)))
+        else:
+            with pytest.raises(ArgumentError, match="table"):
+                verb(pooled, table=ref, chunk=4)
 
 
 def test_chains_work_under_any_default_device_dtype_and_in_inference_mode() -> None:

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import scoresolve as ss
 from scoresolve.errors import (
     ArgumentError,
     GridError,
@@ -391,3 +392,128 @@ def test_an_unknown_solver_is_not_answered_with_all_names() -> None:
     with pytest.raises(UnknownNameError) as found:
         get_solver("qqqqqqqq" * 1000)
     assert len(str(found.value)) < 250 and "scoresolve solvers" in str(found.value)
+
+
+def test_verbs_compute_where_the_state_is_whatever_the_default_device() -> None:
+    ring, sde = ss.targets.ring(), EDM()
+    model = ss.from_eps(lambda x, t: ring.score_model(sde).predict("eps", x, t), sde)
+    data, start = ring.sample(16), 80.0 * ring.sample(16, seed=1)
+    names = (
+        "dopri5",
+        "adams",
+        "dpm_solver_12",
+        "adaptive_sde",
+        "torchdiffeq_rk4",
+        "torchsde_euler",
+    )
+
+    def run() -> list[Tensor]:
+        found = [ss.sample(model, sde, x=start[:4], solver=name, t_end=40.0).x for name in names]
+        found.append(ss.log_likelihood(model, sde, data[:4]).log_prob)
+        found.append(ss.differentiable_log_likelihood(model, sde, data[:4], steps=2))
+        seen = repr(ss.check_model(model, sde, data, levels=2))
+        seen += repr(ss.verify_model(model, sde, data, levels=2, quantities=("denoising",)))
+        seen += repr(ss.compare_samples(data, start[:12]))
+        return [*found, torch.tensor([hash(seen)], device="cpu")]
+
+    expected = run()
+    with torch.device("meta"):
+        found = run()
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def test_marks_of_conditions_reach_no_network() -> None:
+    sde, x = EDM(), torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
+    table, own = torch.linspace(-1, 1, 4), torch.tensor([3, 1, 0, 2])
+
+    def net(x: Tensor, t: Tensor, table: Tensor, own: dict[str, Tensor]) -> Tensor:
+        return -(x - table[own["i"]][:, None]) / (1 + t[:, None] ** 2)
+
+    def run(**cond: Any) -> list[Tensor]:
+        return [
+            ss.differentiable_sample(net, sde, x, steps=2, **cond),
+            ss.differentiable_log_likelihood(net, sde, x, steps=2, **cond),
+            ss.continuous_bound(net, sde, x, draws=2, **cond).diffusion,
+            ss.ito_bound(net, sde, x, steps=2, draws=2, **cond).paths,
+        ]
+
+    plain = run(table=table, own={"i": own})
+    marked = run(table=ss.shared(table), own=ss.per_sample({"i": own}))
+    assert all(torch.equal(a, b) for a, b in zip(plain, marked, strict=True))
+    assert ss.check_model(net, sde, x, table=ss.shared(table), own=ss.per_sample({"i": own}))
+    scale = ss.measure_scale(
+        ss.from_x0(lambda x, t, c: x / (1 + t[:, None] ** 2) + 0 * c, sde),
+        sde,
+        (2,),
+        c=ss.shared(1.0),
+    )
+    assert math.isclose(
+        scale, ss.measure_scale(ss.from_x0(lambda x, t: x / (1 + t[:, None] ** 2), sde), sde, (2,))
+    )
+
+
+@pytest.mark.parametrize("event", [3, "3", None, (2.5,), torch.tensor([1.5, 2.0])])
+def test_a_shape_of_no_sizes_is_refused_where_the_scale_is_measured(event: Any) -> None:
+    with pytest.raises(ShapeError, match="event"):
+        ss.measure_scale(lambda x, t: -x, VP(), event)
+
+
+def test_counts_and_fractions_that_are_none_are_refused() -> None:
+    x = torch.arange(32.0).reshape(16, 2).sin()
+    for fractions in ("3", None):
+        with pytest.raises(ArgumentError, match="fractions"):
+            ss.slerp(x, x, fractions)  # type: ignore[arg-type]
+    for verb in (ss.check_model, ss.verify_model):
+        with pytest.raises(ArgumentError, match="levels"):
+            verb(lambda x, t: -x, VP(), x, levels=10**30)
+
+
+@pytest.mark.parametrize("through", ["data", "numpy", "late"])
+def test_a_network_that_writes_unseen_changes_no_sample(through: str) -> None:
+    sde, x, calls = EDM(), 80.0 * torch.ones(3, 2), 0
+
+    def net(x: Tensor, t: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        result = -x / (1 + t[:, None] ** 2)
+        if through == "data":
+            x.data.zero_()
+        elif through == "numpy":
+            x.numpy()[...] = 0
+        elif calls == 3:
+            t[0].zero_()
+        return result
+
+    def run(net: Any) -> Tensor:
+        return ss.sample(net, sde, x=x, solver="torchsde_euler").x
+
+    if through == "late":
+        with pytest.raises(ArgumentError, match="wrote into its input"):
+            run(net)
+    else:
+        with pytest.warns(ss.errors.ModelWarning, match="in place"):
+            found = run(net)
+        assert torch.equal(found, run(lambda x, t: -x / (1 + t[:, None] ** 2)))
+
+
+def test_conditions_that_noise_hides_at_the_start_are_not_guessed() -> None:
+    """At sigma = 80 the score tells means apart by 1e-4 of a unit, at sigma = 1 by their size."""
+    table = torch.linspace(-1, 1, 6)
+
+    def net(x: Tensor, t: Tensor, table: Tensor) -> Tensor:
+        return (table.square().mean() - x) / (1 + t[:, None] ** 2)
+
+    for solver, chunk in (("ddim", 4), ("dopri5", None)):
+        with pytest.raises(ArgumentError, match="table"):
+            ss.sample(net, EDM(), shape=(6, 2), solver=solver, chunk=chunk, table=table)
+
+
+@pytest.mark.parametrize(
+    "given", [{"nfe": "10"}, {"nfe": [1]}, {"callback": 3}, {"t_end": torch.ones(2)}]
+)
+def test_arguments_of_the_wrong_kind_get_a_sentence(given: dict[str, Any]) -> None:
+    with pytest.raises(ArgumentError, match="give"):
+        ss.sample(lambda x, t: -x, VP(), shape=(2, 2), solver="ddim", **given)
+    if "t_end" in given:
+        with pytest.raises(ArgumentError, match="give"):
+            ss.encode(lambda x, t: -x, VP(), torch.ones(2, 2), **given)

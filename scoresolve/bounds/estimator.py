@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.special import log_ndtr
 
 from scoresolve.bounds.dequantisation import bits_per_dim, standard_error
+from scoresolve.conditions import unmarked
 from scoresolve.driving import warn_of_dropout
 from scoresolve.errors import ArgumentError, ShapeError, check_output, whole_number
 from scoresolve.models import Model, as_model
@@ -95,7 +96,8 @@ class Estimator:
         if not isinstance(sde, GaussianSDE):
             raise ArgumentError(f"{sde} has no alpha and sigma: give a Gaussian process")
         check_state(x)
-        self.model, self.sde, self.state, self.cond = as_model(score, sde), sde, x, cond
+        self.model, self.sde, self.state = as_model(score, sde), sde, x
+        self.cond = unmarked(cond)
         self.draws, self.stratified = whole_number("draws", draws, 1, MOST), stratified
         self.noise, self.calls, self.dimension = noise, 0, math.prod(x.shape[1:])
         self.x = x.reshape(len(x), -1).double()

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from scoresolve.bounds.dequantisation import bits_per_dim, log_mean_exp, standard_error
 from scoresolve.bounds.estimator import MOST
+from scoresolve.conditions import unmarked
 from scoresolve.driving import warn_of_dropout
 from scoresolve.errors import ArgumentError, GridError, ShapeError, whole_number
 from scoresolve.grid import Grid, as_grid, make_grid
@@ -119,7 +120,12 @@ def ito_log_density(
     falling = grid.times[0] > grid.times[-1]
     path = states if falling else states.flip(0)
     found = _along(
-        as_model(score, sde), sde, path, sorted(grid.times, reverse=True), log_prob, cond
+        as_model(score, sde),
+        sde,
+        path,
+        sorted(grid.times, reverse=True),
+        log_prob,
+        unmarked(cond),
     )
     return found if falling else found.flip(0)
 
@@ -187,7 +193,7 @@ def ito_bound(
             z = source.normal(x, path * len(times) + i, Purpose.SOLVER, (s, t))
             states.append(scale * states[-1] + std * z)
         reverse = torch.stack(states[::-1])
-        found.append(_along(model, sde, reverse, times[::-1], None, cond)[-1])
+        found.append(_along(model, sde, reverse, times[::-1], None, unmarked(cond))[-1])
     return PathEstimate(torch.stack(found), count * (len(times) - 1), math.prod(x.shape[1:]))
 
 

@@ -122,4 +122,4 @@ def draw_floor(pair: Pair, statistic: Callable[[Tensor, Tensor], float], draws: 
     """`statistic` between `draws` >= 19 pairs that differ by chance alone, float64 [draws]."""
     count = whole_number("draws", draws, least=FEWEST)
     values = [statistic(*pair.null(number)) for number in range(count)]
-    return torch.tensor(values, dtype=torch.float64)
+    return torch.tensor(values, dtype=torch.float64, device="cpu")

@@ -155,7 +155,13 @@ def _transport(x: Tensor, y: Tensor, p: float) -> Tensor:
     if n == m:
         return (first - second).abs_().pow_(p).mean(1)
     # In units of 1 / NM the quantile functions step at the multiples of M and of N.
-    ends = torch.cat([torch.arange(1, n + 1) * m, torch.arange(1, m + 1) * n]).sort().values
+    ends = (
+        torch.cat(
+            [torch.arange(1, n + 1, device="cpu") * m, torch.arange(1, m + 1, device="cpu") * n]
+        )
+        .sort()
+        .values
+    )
     steps = ends.diff(prepend=ends.new_zeros(1))
     rows, others = (((ends - 1) // size).to(x.device) for size in (m, n))
     weights = (steps.double() / (n * m)).to(x)

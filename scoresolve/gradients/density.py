@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scoresolve.conditions import unmarked
 from scoresolve.divergence import (
     Differentiator,
     check_constant,
@@ -101,7 +102,7 @@ def differentiable_log_likelihood(
         raise GridError("the times fall: a likelihood follows data to noise, give increasing times")
     count = None if probes is None else whole_number("probes", probes, 1, MOST_PROBES)
     warn_of_dropout(score)
-    flow = _DensityFlow(as_model(score, sde), sde, x, count, Philox(seed), cond)
+    flow = _DensityFlow(as_model(score, sde), sde, x, count, Philox(seed), unmarked(cond))
     solver = get_solver("rk4_flow")
     assert isinstance(solver, Solver)
     start = torch.cat([x.reshape(len(x), -1), x.new_zeros(len(x), 1)], 1)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from scoresolve.conditions import unmarked
 from scoresolve.driving import warn_of_dropout
 from scoresolve.errors import ArgumentError, whole_number
 from scoresolve.gradients.path import Path
@@ -86,5 +87,5 @@ def differentiable_sample(
     )
     times.check(sde)
     warn_of_dropout(score)
-    path = Path(resolved, sde, times, model, Philox(seed), cond)
+    path = Path(resolved, sde, times, model, Philox(seed), unmarked(cond))
     return path.solve(x, mode, segment, refine)

@@ -22,7 +22,7 @@ from scoresolve.errors import ArgumentError, GridError, real_number
 from scoresolve.grid import Grid, as_grid
 from scoresolve.models import Model, as_model, combine, conversion
 from scoresolve.plans import Call, Plan, check_state
-from scoresolve.sde import SDE, GaussianSDE, TimeLike, as_time
+from scoresolve.sde import SDE, GaussianSDE, TimeLike, as_time, host
 
 __all__ = [
     "CleanModel",
@@ -84,7 +84,7 @@ class GuidedModel(Model):
         check_state(x)
         if x.dtype not in self._latest:
             precision = min(torch.finfo(x.dtype).eps, torch.finfo(torch.float32).eps)
-            log_snr = torch.tensor(math.log(precision), dtype=torch.float64)
+            log_snr = host(math.log(precision))
             self._latest[x.dtype] = float(self.sde.time_from_log_snr(log_snr))
         return precise(as_time(t, x)).clamp(max=self._latest[x.dtype])
 
@@ -124,7 +124,7 @@ class GridAhead:
                 f"the grid goes up from t = {times[0]:g} to {times[-1]:g}: a model that knows its "
                 "next step samples, so give decreasing times"
             )
-        self.times = torch.tensor(times[::-1], dtype=torch.float64)
+        self.times = host(times[::-1])
         end = self.times.new_tensor([math.inf])
         self.log_snrs = torch.cat([end, self.sde.log_snr(self.times)])
         self.alphas = self.sde.alpha(torch.cat([torch.zeros_like(end), self.times]))

@@ -23,7 +23,7 @@ from scoresolve.errors import ArgumentError, ShapeError, check_output, nearest_n
 from scoresolve.grid import Grid
 from scoresolve.guidance.base import Cost, GridAhead, GuidedModel, cost_at, flat
 from scoresolve.models import Model, as_model, combine, conversion
-from scoresolve.sde import SDE, TimeLike, as_time, expand
+from scoresolve.sde import SDE, TimeLike, as_time, expand, host
 
 __all__ = ["autoguidance", "cfg_plus_plus", "classifier_free"]
 
@@ -294,7 +294,7 @@ class _Extrapolated(GuidedModel):
         """w, [] or the shape of `time`."""
         w: object = self.scale(time) if callable(self.scale) else self.scale
         if not isinstance(w, Tensor):
-            return torch.tensor(real_number("scale", w), dtype=torch.float64)
+            return host(real_number("scale", w))
         if w.ndim and w.shape != time.shape:
             raise ShapeError(
                 f"the scale of times of shape {tuple(time.shape)} has shape {tuple(w.shape)}: "

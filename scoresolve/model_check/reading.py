@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from scoresolve.conditions import unmarked
 from scoresolve.errors import ArgumentError, check_output, whole_number
 from scoresolve.models import PREDICTIONS, Model, NetworkModel, as_model, conversion
 from scoresolve.noise import Philox, Purpose
@@ -127,7 +128,8 @@ def check_model(
         declared, network = model.prediction, model.native
     else:
         declared, network = "score", model
-    found = _all_errors(network, sde, home, data, seed, whole_number("levels", levels), cond)
+    wanted, held = whole_number("levels", levels, 1, 1000), unmarked(cond)
+    found = _all_errors(network, sde, home, data, seed, wanted, held)
     errors = found.errors
     readings = {
         key: Reading(*key, math.exp(sum(map(math.log, e)) / len(e)))
@@ -198,7 +200,7 @@ def _all_errors(
     cond: dict[str, Any],
 ) -> _Found:
     """Reads a network of the process `home` in every way, at times of `sde`."""
-    log_snr = torch.linspace(4.0, -3.0, levels, dtype=torch.float64)
+    log_snr = torch.linspace(4.0, -3.0, levels, dtype=torch.float64, device="cpu")
     times = sde.time_from_log_snr(log_snr).clamp(sde.t_min, sde.T)
     here = times if home == sde else home.time_from_log_snr(sde.log_snr(times))
     # in half precision what is left of an error is rounding
@@ -211,7 +213,7 @@ def _all_errors(
         given, told = x.to(data.dtype), float(times[level])
         filtered = variance * at.sigma**2 / (at.alpha**2 * variance + at.sigma**2)
         for name, time_of in _TIMES.items():
-            time = torch.full((len(data),), time_of(home, t, at), dtype=clean.dtype)
+            time = clean.new_full((len(data),), time_of(home, t, at))
             try:
                 m = network(given.clone(), time.to(data.device), **cond)
                 check_output(m, given)

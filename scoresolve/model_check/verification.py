@@ -42,7 +42,7 @@ from scoresolve.model_check.filters import LinearFilter
 from scoresolve.model_check.result import Estimate, Finding, ModelVerification, NoiseLevel
 from scoresolve.models import Model, as_model
 from scoresolve.noise import Philox, Purpose
-from scoresolve.sde import GaussianSDE
+from scoresolve.sde import GaussianSDE, host
 from scoresolve.targets import GaussianMixture
 
 __all__ = ["LEVELS", "LIMITS", "QUANTITIES", "verify_model"]
@@ -210,10 +210,12 @@ def _log_snrs(
 ) -> list[float]:
     """Log-SNRs from little noise to much, cut to what the process and the model's own reach."""
     if isinstance(levels, Sequence):
-        wanted = torch.tensor([real_number("levels", level) for level in levels]).double()
+        wanted = host([real_number("levels", level) for level in levels])
     else:
         variance = float(data.double().var(0, correction=0).mean())
-        wanted = torch.linspace(*LEVELS, whole_number("levels", levels), dtype=torch.float64)
+        wanted = torch.linspace(
+            *LEVELS, whole_number("levels", levels, 1, 1000), dtype=torch.float64, device="cpu"
+        )
         wanted -= math.log(variance)
     if not len(wanted):
         raise ArgumentError("levels is empty: give at least one log-SNR")
@@ -264,7 +266,7 @@ class _Run:
 
     def measure(self, index: int, log_snr: float) -> NoiseLevel:
         """Everything at one level, whose noise is draw `index`."""
-        at_home = self.home.time_from_log_snr(torch.tensor(log_snr, dtype=torch.float64))
+        at_home = self.home.time_from_log_snr(host(log_snr))
         level = Level.at(self.home, float(at_home.clamp(self.home.t_min, self.home.T)))
         y = self.data + level.k * self.noise.normal(self.data, index, Purpose.OBJECTIVE)
         if index == 0 and self.points:
@@ -288,7 +290,7 @@ class _Run:
             found |= self._derived(
                 {name: torch.cat([p[name] for p in parts if name in p]) for name in parts[0]}, error
             )
-        t = float(self.sde.time_from_log_snr(torch.tensor(log_snr, dtype=torch.float64)))
+        t = float(self.sde.time_from_log_snr(host(log_snr)))
         return NoiseLevel(log_snr=log_snr, t=t, **found)
 
     def _chunks(self) -> list[slice]:

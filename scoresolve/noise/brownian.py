@@ -187,7 +187,8 @@ class BrownianPath(NoiseSource):
 
     def _times(self, t: float | Tensor, like: Tensor) -> Tensor:
         """Times of the path, [1] or [B]."""
-        time = torch.as_tensor(t, dtype=torch.float64).detach()
+        wide = {"dtype": torch.float64, "device": t.device if isinstance(t, Tensor) else "cpu"}
+        time = torch.as_tensor(t, **wide).detach()  # type: ignore[arg-type]
         if time.shape not in ((), (like.shape[0],)):
             raise ShapeError(
                 f"times of shape {tuple(time.shape)} for x of shape {tuple(like.shape)}: "

@@ -207,7 +207,7 @@ class Philox(NoiseSource):
                 )
             if step == 1:
                 return Philox(self.seed, self.first_sample + start)
-            index = torch.arange(start, max(start, stop), step)
+            index = torch.arange(start, max(start, stop), step, device="cpu")
         elif index.dtype is torch.bool:
             index = index.nonzero().flatten()
         return Philox(self.seed, samples=_checked_ids(index) + self.first_sample)

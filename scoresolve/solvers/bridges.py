@@ -22,7 +22,7 @@ from torchsde import sdeint
 
 from scoresolve.errors import ArgumentError, Status, known_name, row_status
 from scoresolve.noise import NoiseSource, Purpose
-from scoresolve.sde.base import TimeLike, expand
+from scoresolve.sde.base import TimeLike, expand, host
 from scoresolve.solvers.adaptive import BoundedDrift, CallLimit, check_velocity, unmoved
 from scoresolve.solvers.integrator import GaussianFlow, Integrator, RowDrift, Solution
 
@@ -222,7 +222,7 @@ class TorchSDE(Integrator):
         status = torch.full((x.shape[0],), int(Status.OK), device=x.device)
         step_noise = StepNoise(noise, trail.x, t_start, t_end)
         equation = _Equation(field, diffusion, step_noise, trail, self.METHODS[self.method])
-        span = torch.tensor([0.0, abs(t_end - t_start)], dtype=torch.float64)
+        span = host([0.0, abs(t_end - t_start)])
         try:
             x_end = sdeint(
                 equation,

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from scoresolve.errors import ArgumentError
 from scoresolve.models import conversion
-from scoresolve.sde import GaussianSDE, SchedulePoint
+from scoresolve.sde import GaussianSDE, SchedulePoint, host
 from scoresolve.solvers.adaptive.drift import BoundedDrift, Interval
 from scoresolve.solvers.adaptive.points import Point, hermite
 from scoresolve.solvers.adaptive.rows import Numbers, lift, padded
@@ -177,7 +177,7 @@ class _Gaussian(Coordinates):
             alpha, sigma = self.sde.alpha(at).numpy(), self.sde.sigma(at).numpy()
             point: Any = (alpha, sigma, math.nan, math.nan)
             if self.prediction == "flow":  # alone it needs how the schedule moves
-                point = [torch.as_tensor(part).numpy() for part in self.sde.point(at)]
+                point = [host(part).numpy() for part in self.sde.point(at)]
             size, typical = self.size(alpha, sigma), np.hypot(sigma, self.scale * alpha)
             mix: Any = self.mix(alpha, sigma, size)
             shares: Any = conversion(self.prediction, mix, SchedulePoint(*point))
@@ -270,8 +270,8 @@ def check_velocity(flow: GaussianFlow, t_start: float, t_end: float) -> None:
     """
     if flow.prediction == "v":
         return
-    point = flow.sde.point(torch.tensor([t_start, t_end], dtype=torch.float64))
-    shares = [torch.as_tensor(c) for c in conversion(flow.prediction, "flow", point)]
+    point = flow.sde.point(host([t_start, t_end]))
+    shares = [host(c) for c in conversion(flow.prediction, "flow", point)]
     regular = torch.stack([torch.isfinite(c).expand(2) for c in shares]).all(0)
     check_regular(flow, t_start, t_end, regular.tolist())
 

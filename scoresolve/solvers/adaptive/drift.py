@@ -12,7 +12,7 @@ from torch import Tensor
 
 from scoresolve.errors import ArgumentError, ModelWarning, check_output, row_status
 from scoresolve.plans import check_state
-from scoresolve.sde.base import TimeLike
+from scoresolve.sde.base import TimeLike, host
 from scoresolve.solvers.adaptive.rows import Numbers
 from scoresolve.solvers.integrator import Solution
 
@@ -53,7 +53,8 @@ class Interval:
 
     def rounded(self, t: TimeLike | Numbers) -> Tensor:
         """`t` as the drift gets it, on the host: in its dtype, and inside the interval for that."""
-        return torch.as_tensor(t, dtype=self.state_dtype).clamp(self.low, self.high)
+        given = t if isinstance(t, Tensor) else host(t)
+        return given.to(self.state_dtype).clamp(self.low, self.high)
 
     def times(self, t: TimeLike | Numbers) -> Tensor:
         """`t` as the drift gets it."""
@@ -89,7 +90,7 @@ class BoundedDrift:
     ) -> None:
         self.inside = Interval(x, t_start, t_end)
         self.drift, self.max_calls, self.calls = drift, max_calls, 0
-        self.evaluations = torch.zeros(x.shape[0], dtype=torch.int64)
+        self.evaluations = torch.zeros(x.shape[0], dtype=torch.int64, device="cpu")
         self.state_dtype, self.times = self.inside.state_dtype, self.inside.times
         self._told = False
 
@@ -130,7 +131,7 @@ class BoundedDrift:
 
 def rounded_inside(low: float, high: float, dtype: torch.dtype) -> tuple[float, float]:
     """The least and the greatest number of `dtype` in an interval."""
-    ends = torch.tensor([low, high], dtype=torch.float64)
+    ends = host([low, high])
     inside = ends.to(dtype)
     outside = torch.stack((inside[0] < ends[0], inside[1] > ends[1]))
     first, last = torch.where(outside, inside.nextafter(inside.flip(0)), inside).tolist()
