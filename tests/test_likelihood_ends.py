@@ -191,7 +191,7 @@ def test_the_mismatch_tells_where_samples_would_be_off() -> None:
 
 
 def test_no_event_and_too_many_pairs_are_refused() -> None:
-    with pytest.raises(ss.errors.ShapeError, match="hold elements"):
+    with pytest.raises(ss.errors.ShapeError, match="give the sizes of a sample"):
         ss.measure_scale(lambda x, t: -x, VP(), (0,))
     with pytest.raises(ss.errors.ArgumentError, match="pairs = 1000000000"):
         ss.measure_scale(lambda x, t: -x, VP(), (2,), pairs=10**9)
