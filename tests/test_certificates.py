@@ -216,6 +216,37 @@ def test_a_step_that_is_not_linear_has_its_law_measured(sde: ss.GaussianSDE) -> 
     assert any("exact law" in what for what in right.not_proved)
 
 
+class Scaled:
+    """x times a number."""
+
+    name, calls = "scaled", 0
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def __call__(self, x: Tensor, t: float, predict: Any, noise: Any, draw: int) -> Tensor:
+        return self.factor * x
+
+
+class Opaque(DPMSolverPP):
+    """Its steps, handed on by a function that a plan does not see through."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.name, self.factor = "opaque", factor
+
+    def step(self, x: Linear, t: float, s: float, run: Run) -> Linear:
+        return run.apply(Scaled(self.factor), super().step(x, t, s, run), s)
+
+
+def test_an_order_that_no_exact_law_can_tell_is_not_proved_and_the_law_measured() -> None:
+    right, wrong = certify(Opaque(1.0), ss.VP()), certify(Opaque(1.001), ss.VP())
+    assert right.passed and right.nominal_order == 2, str(right)
+    assert not right.orders and any("order 2" in what for what in right.not_proved)
+    laws = [check.passed for check in wrong.checks if check.claim.startswith("has the right law")]
+    assert laws == [False] * 3
+
+
 def test_a_measured_law_tells_a_third_of_variance_and_a_share_but_not_chance() -> None:
     sde, ends = ss.VP(), (1.0, 1e-3)
 

@@ -147,6 +147,12 @@ def test_certify_tells_pass_from_fail_by_its_exit_code(monkeypatch: pytest.Monke
     (certificate,) = json.loads(result.output)
     assert certificate["solver"] == "ddim"
     assert certificate["passed"] is True
+    assert [world["process"].partition("(")[0] for world in certificate["worlds"]] == [
+        "VP",
+        "RectifiedFlow",
+    ]
+    (alone,) = json.loads(run("certify", "ddim", "--sde", "edm", "--json").output)
+    assert alone["process"] == repr(ss.EDM())
 
     class Proud(ss.solvers.DPMSolverPP):
         def __init__(self) -> None:
@@ -193,6 +199,8 @@ def test_solvers_lists_the_registry() -> None:
     [
         (("certify", "dpmpp2m"), "dpmpp_2m"),
         (("certify",), "name at least one solver"),
+        (("certify", "ddim", "--sde-option", "t_min=0.01"), "give --sde"),
+        (("distances", __file__, "--target", "ring", "--sde-option", "T=2"), "give --sde"),
         (("sample", "--target", "ring"), "--shape or --count"),
         (("sample", "--count", "2"), "one of --model"),
         (("sample", "--model", "nowhere:f", "--shape", "2,2"), "nowhere"),

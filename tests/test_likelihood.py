@@ -193,15 +193,20 @@ def test_standard_error_is_calibrated(options: dict[str, Any]) -> None:
     assert bool((found.products == count * found.forwards).all())
 
 
+@functools.cache
+def of_few_steps(sde: GaussianSDE, size: int, **trace: Any) -> Any:
+    """The likelihood of 200 samples of a mixture in so many dimensions, by four steps."""
+    mix = random_mixture(size, 4, spread=1.0, seed=3)
+    model, x = mix.score_model(sde), mix.sample(200)
+    return log_likelihood(model, sde, x, solver="rk4_flow", steps=4, **trace)
+
+
 @pytest.mark.parametrize("sde", [VP(), EDM()], ids=named)
 @pytest.mark.parametrize("count", [2, 3, 4, 8, 16])
 @pytest.mark.parametrize("size", [16, 24])
 def test_few_probes_know_their_error(sde: GaussianSDE, count: int, size: int) -> None:
-    mix, rows = random_mixture(size, 4, spread=1.0, seed=3), 200
-    x, model = mix.sample(rows), mix.score_model(sde)
-    options: dict[str, Any] = {"solver": "rk4_flow", "steps": 4}
-    exact = log_likelihood(model, sde, x, trace="exact", **options)
-    found = log_likelihood(model, sde, x, trace="hutchinson", probes=count, **options)
+    rows, exact = 200, of_few_steps(sde, size, trace="exact")
+    found = of_few_steps(sde, size, trace="hutchinson", probes=count)
     z = ((found.log_prob - exact.log_prob) / found.standard_error).abs()
     # 68.3 % and 95.4 % of normal errors, give or take 3 binomial deviations, and 0.04 as with two
     # probes of 16 elements there are about 10 degrees of freedom: Student's t has 93 % in two.

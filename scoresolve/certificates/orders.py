@@ -33,7 +33,7 @@ from scoresolve.grid import make_grid
 from scoresolve.noise import BrownianPath, Philox, Purpose
 from scoresolve.noise.sources import Times
 from scoresolve.peers import BlackBox
-from scoresolve.plans import Plan
+from scoresolve.plans import Custom, Plan
 from scoresolve.sampling import grid_for, sample
 from scoresolve.sampling import plan as make_plan
 from scoresolve.sde import GaussianSDE
@@ -92,6 +92,10 @@ class Measurable(ABC):
     def law(self, n: int) -> ExactLaw:
         """The law of n steps on the Gaussian of `MEAN` and `VARIANCE`."""
 
+    def is_linear(self, n: int) -> bool:
+        """Whether no step says of itself that it is not: else no law is to be expected."""
+        return True
+
     @abstractmethod
     def ends(self, n: int) -> tuple[float, float]:
         """The times between which n steps go."""
@@ -143,6 +147,9 @@ class Planned(Measurable):
 
     def law(self, n: int) -> ExactLaw:
         return self.plan(n).law(MEAN, VARIANCE, start="marginal")
+
+    def is_linear(self, n: int) -> bool:
+        return not any(isinstance(stage, Custom) for stage in self.plan(n).stages)
 
     def calls(self, n: int) -> int:
         return self.plan(n).nfe
@@ -323,6 +330,8 @@ class Orders(NamedTuple):
 def orders_of(subject: Measurable, steps: Sequence[int], margin: float) -> Orders:
     """Errors at several numbers of steps by quantity, the orders between them, and the verdicts."""
     try:
+        if not subject.is_linear(steps[0]):
+            return Orders({}, {}, [])
         laws = [subject.law(n) for n in steps]
     except Exception as error:  # of any kind: the sampler may be anyone's
         known = isinstance(error, ScoresolveError)

@@ -20,6 +20,8 @@ _OTHERS = (
     *(torch.bernoulli, torch.multinomial, torch.poisson, torch.Tensor.uniform_),
     *(torch.Tensor.random_, torch.Tensor.exponential_, torch.Tensor.bernoulli_),
 )
+_SHIFTED = (torch.normal, torch.Tensor.normal_)
+_DRAWS = frozenset((*_STANDARD, *_OTHERS, *_SHIFTED))
 
 
 class Draws(TorchFunctionMode):
@@ -58,10 +60,12 @@ class Draws(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        standard, shifted = func in _STANDARD, func in (torch.normal, torch.Tensor.normal_)
-        self.others += func in _OTHERS
-        if not (standard or shifted):
+        if func not in _DRAWS:  # as nearly every operation is
             return func(*args, **kwargs)
+        if func in _OTHERS:
+            self.others += 1
+            return func(*args, **kwargs)
+        standard = func in _STANDARD
         generator = kwargs.get("generator") or torch.default_generator
         before = generator.get_state().numpy().tobytes()
         drawn = func(*args, **kwargs)

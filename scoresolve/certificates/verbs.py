@@ -68,7 +68,7 @@ def certify(
     log-SNR levels -3 and 3 on the angle grid, where no form of the probability flow is singular,
     biases and stability on the whole way. Where there is no exact law, since a step is not linear
     or is chosen while it runs, the law is measured on two separated modes in 1, 2 and 16
-    dimensions.
+    dimensions, and an order that is claimed is among what is not proved.
 
     Args:
         solver: a name of the registry, a `Solver`, an `Integrator`, or a `BlackBox`, a sampler
@@ -171,7 +171,10 @@ def _orders(
 
 def _unproved(solver: Solver, orders: Mapping[str, float]) -> list[str]:
     if not orders:
-        return ["an exact law, as a step is not linear: orders, biases and stability"]
+        claimed = "orders" if solver.order is None else f"order {solver.order:g}"
+        if solver.strong_order is not None:
+            claimed += f", order {solver.strong_order:g} along Brownian paths"
+        return [f"an exact law, as a step is not linear: {claimed}, biases and stability"]
     if solver.order is None:
         return ["that refining the grid leads to the exact law: it claims no order"]
     if not solver.stochastic:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    pass
+    from scoresolve.sde import GaussianSDE
 
 from scoresolve.cli.shared import (
     DATA,
@@ -39,10 +39,23 @@ def _interrupts() -> Iterator[list[KeyboardInterrupt]]:
         seen.append(interrupt)
 
 
+def _process_if_given(name: str | None, options: tuple[str, ...]) -> GaussianSDE | None:
+    if name is not None:
+        return process_of(name, options)
+    if options:
+        raise click.UsageError("--sde-option is of a process: give --sde as well")
+    return None
+
+
 @click.command()
 @click.argument("solvers", nargs=-1)
 @click.option("--all", "everything", is_flag=True, help="Every solver of the registry.")
-@click.option("--sde", "process", type=click.Choice(list(PROCESSES)), default="vp")
+@click.option(
+    "--sde",
+    "process",
+    type=click.Choice(list(PROCESSES)),
+    help="On this process alone, in place of two that differ in kind.",
+)
 @click.option("--sde-option", "process_options", multiple=True, metavar="KEY=NUMBER")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @click.option("--page", type=PAGE, help="Also write a page with pictures.")
@@ -50,7 +63,7 @@ def _interrupts() -> Iterator[list[KeyboardInterrupt]]:
 def certify(
     solvers: tuple[str, ...],
     everything: bool,
-    process: str,
+    process: str | None,
     process_options: tuple[str, ...],
     as_json: bool,
     page: Path | None,
@@ -67,10 +80,10 @@ def certify(
 
     if everything == bool(solvers):
         raise click.UsageError("name at least one solver, or give --all")
+    sde = _process_if_given(process, process_options)
     names = [*REGISTRY] if everything else solvers
     for name in names:
         get_solver(name)
-    sde = process_of(process, process_options)
     certificates = []
     with _interrupts() as stopped:
         for name in tqdm(names, disable=None, unit="solver"):
@@ -161,9 +174,9 @@ def distances(
         raise click.UsageError("give --target or --reference")
     if process is not None and target is None:
         raise click.UsageError("--sde is the process of a --target: leave it out")
+    sde = _process_if_given(process, process_options)
     against = read_array(reference) if reference is not None else target_of(str(target))
-    if process is not None and isinstance(against, ss.GaussianMixture):
-        sde = process_of(process, process_options)
+    if sde is not None and isinstance(against, ss.GaussianMixture):
         against = against.marginal(sde, sde.t_min)
     table = ss.compare_samples(read_array(samples), against, chosen or None, draws=draws, seed=seed)
     click.echo(table.to_json() if as_json else str(table))

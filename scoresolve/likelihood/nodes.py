@@ -12,6 +12,7 @@ method for the path and, with a cubic spline through all of them, the integral o
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -143,13 +144,15 @@ def _integral(clock: Array) -> Array:
 
 def lagrange_weights(nodes: Array, start: float, end: float) -> Array:
     """Weights of values at `nodes` [n] in the integral of the polynomial through them."""
-    points, shares = np.polynomial.legendre.leggauss(len(nodes) // 2 + 1)
+    points, shares = _legendre(len(nodes) // 2 + 1)
     points, shares = start + (end - start) * (points + 1) / 2, shares * (end - start) / 2
-    weights: Array = np.empty(len(nodes))
-    for i, node in enumerate(nodes):
-        others = np.delete(nodes, i)
-        weights[i] = shares @ np.prod((points[:, None] - others) / (node - others), axis=1)
+    itself = np.eye(len(nodes), dtype=bool)
+    rising = np.where(itself, 1.0, (points[:, None] - nodes)[:, None]).prod(2)
+    weights: Array = shares @ rising / np.where(itself, 1.0, nodes[:, None] - nodes).prod(1)
     return weights
+
+
+_legendre = functools.cache(np.polynomial.legendre.leggauss)
 
 
 def allocate(density: Array, total: int) -> npt.NDArray[np.int64]:

@@ -104,8 +104,8 @@ def plot_four_points(paths: int = 24, steps: int = 1500, seed: int = 0) -> Figur
     for title, (solver, model) in back.items():
         times, states = backward(model, CHAIN.sde, start, solver, seed, grid=grid)
         tracks.append((f"{title}: ends within {_off(states[-1]):.2f}", times, states))
+    shade_marginals(row, data, CHAIN.sde, 17.0)
     for axes, (title, times, states) in zip(row, tracks, strict=True):
-        shade_marginals(axes, data, CHAIN.sde, 17.0)
         axes.plot(times, states[..., 0], color=COLOURS[1], linewidth=0.7)
         first, last = (0, CHAIN.T) if axes is row[0] else (CHAIN.T, 0)
         axes.set_xlim(first, last)

@@ -102,10 +102,14 @@ def slope_weights(
     weights = [0.0] * len(nodes)
     for lam, u, share in zip(lams, values, _WEIGHTS * panels, strict=True):
         density = half * share * form.clock_rate(lam)
-        for j, u_j in enumerate(points):
-            others = [*points[:j], *points[j + 1 :]]
-            weights[j] += density * math.prod((u - u_k) / (u_j - u_k) for u_k in others)
-    return weights
+        gaps = [u - u_k for u_k in points]
+        for j in range(len(points)):
+            weights[j] += density * math.prod(gaps[:j] + gaps[j + 1 :])
+    scales = (
+        math.prod(u_j - u_k for k, u_k in enumerate(points) if k != j)
+        for j, u_j in enumerate(points)
+    )
+    return [weight / scale for weight, scale in zip(weights, scales, strict=True)]
 
 
 def midpoint_weights(run: Run, form: Form, nodes: Sequence[float], s: float) -> list[float]:
