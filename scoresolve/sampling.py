@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scoresolve.conditions import unmarked
+from scoresolve.conditions import split_cond, unmarked
 from scoresolve.driving import (
     Engine,
     Given,
@@ -46,7 +47,7 @@ from scoresolve.noise import NoiseSource, as_noise
 from scoresolve.plans import Plan, StepReport, check_state, trace
 from scoresolve.sde import SDE, GaussianSDE, check_process
 from scoresolve.solvers import Integrator, Solver, get_solver
-from scoresolve.tuning import PriorMismatch, scale_within
+from scoresolve.tuning import PriorMismatch, data_at_start, scale_within
 
 __all__ = [
     "DEFAULT_NFE",
@@ -58,6 +59,7 @@ __all__ = [
     "plan",
     "refuse",
     "sample",
+    "warn_of_law",
 ]
 
 DEFAULT_SOLVER = "auto"
@@ -219,7 +221,9 @@ def sample(
         **cond: passed on to the model; tensors whose first axis is B are split with the batch.
 
     Returns:
-        `Samples`. A keyboard interrupt hands back what is done, the rest marked INTERRUPTED.
+        `Samples`. A keyboard interrupt hands back what is done, the rest marked INTERRUPTED. With
+        `shape`, samples so far or wide that the prior would not hide them are held against the
+        model, by one call in `calls` but not in `nfe`; a `ModelWarning` says what was found.
 
     Raises:
         ArgumentError, ShapeError, GridError, UnknownNameError: before the first model call
@@ -249,7 +253,7 @@ def sample(
         whole_number("chunk", chunk)
     if callback is not None and not callable(callback):
         raise ArgumentError(f"callback = {callback!r}: give a callable that takes a StepReport")
-    spent, mismatch = 0, None
+    spent, mismatch, width = 0, None, None
     if isinstance(resolved, Solver):
         if nfe is not None:
             nfe = _checked_nfe(nfe)
@@ -285,13 +289,28 @@ def sample(
         Grid(ends).check(sde)
         width, chunk = (chunk, None) if resolved.refills else (None, chunk)
         engine = IntegratorEngine(resolved, sde, ends, bool(denoise), width)
+    told = mismatch is not None
     if isinstance(start, Prior):
         start.begin_at(engine.t_start)
-        _warn_of_signal(sde, engine.t_start, mismatch)
+        told |= _warn_of_signal(sde, engine.t_start, mismatch)
     whole = isinstance(engine, PlanEngine) and (chunk is None or chunk >= start.batch)
     cond = unmarked(cond) if whole else settle(cond, model, start, engine.t_start)
     with torch.set_grad_enabled(gradients):
-        return drive(engine, model, start, source, chunk, progress, raise_on_failure, cond, spent)
+        found = drive(engine, model, start, source, chunk, progress, raise_on_failure, cond, spent)
+    if isinstance(start, Prior) and isinstance(sde, GaussianSDE) and not told:
+        prior, first = start, slice(0, chunk or width or start.batch)
+        last = engine.ends[1] if isinstance(engine, IntegratorEngine) else engine.times[-1]
+        mismatch, asked = data_at_start(
+            model,
+            sde,
+            (engine.t_start, last),
+            found.x[found.ok],
+            lambda: (prior.rows(first), split_cond(cond, first, prior.batch)),
+        )
+        found = replace(found, calls=found.calls + bool(asked), rows=found.rows + asked)
+        if mismatch is not None:
+            warn_of_law(sde, engine.t_start, mismatch)
+    return found
 
 
 def encode(
@@ -360,27 +379,34 @@ def encode(
     )
 
 
-def _warn_of_signal(sde: SDE, t: float, mismatch: PriorMismatch | None) -> None:
-    """Tell that a start without data in it is not the law of the process at `t`."""
+def _warn_of_signal(sde: SDE, t: float, mismatch: PriorMismatch | None) -> bool:
+    """Tell that a start without data in it is not the law of the process at `t`; whether it is."""
     if not isinstance(sde, GaussianSDE):
-        return
+        return False
     snr = math.exp(float(sde.log_snr(t)))
     if t == sde.T and mismatch is not None:
         shows = mismatch.matters
-        what = (
-            f"with the model's data a mean of {mismatch.mean:.3g} and a standard deviation of "
-            f"{mismatch.std:.3g} times that of the noise"
-        )
     else:
-        shows, what = snr > _HIDDEN, f"alpha^2/sigma^2 = {snr:.2g}"
+        shows, mismatch = snr > _HIDDEN, None
     if shows:
-        warnings.warn(
-            f"the start at t = {t:g} is drawn as noise alone, but {sde} still holds the data there "
-            f"({what}), so samples follow another law: give x=, data noised to that time, or a "
-            "process that drowns them",
-            ModelWarning,
-            stacklevel=3,
+        warn_of_law(sde, t, mismatch or f"alpha^2/sigma^2 = {snr:.2g}", stacklevel=4)
+    return shows
+
+
+def warn_of_law(sde: SDE, t: float, why: PriorMismatch | str, stacklevel: int = 3) -> None:
+    """Tell that samples started as noise alone at `t`, where the process still holds the data."""
+    if isinstance(why, PriorMismatch):
+        why = (
+            f"with the model's data a mean of {why.mean:.3g} and a standard deviation of "
+            f"{why.std:.3g} times that of the noise"
         )
+    warnings.warn(
+        f"the start at t = {t:g} is drawn as noise alone, but {sde} still holds the data there "
+        f"({why}), so samples follow another law: give x=, data noised to that time, or a "
+        "process that drowns them",
+        ModelWarning,
+        stacklevel=stacklevel,
+    )
 
 
 def _steps_at(budget: int, one: int, two: int) -> int:

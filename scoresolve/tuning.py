@@ -30,12 +30,14 @@ from scoresolve.errors import (
 )
 from scoresolve.models import Model, as_model, scale_of_data
 from scoresolve.noise import Philox, Purpose
+from scoresolve.plans import model_time
 from scoresolve.sde import GaussianSDE, host
 from scoresolve.solvers.adaptive.drift import rounded_inside
 
 __all__ = [
     "LEAST_BUDGET",
     "PriorMismatch",
+    "data_at_start",
     "measure_scale",
     "measure_scale_and_mismatch",
     "measured_or_none",
@@ -53,6 +55,9 @@ MISMATCH: Final = 1e-3
 """Divergence in nats an element from which on a prior counts as another law than that at T."""
 
 MOST_PAIRS: Final = 2**16
+
+_DEVIATIONS: Final = 6.0
+_NO_SCORE: Final = -0.1  # slope of x0 in x below which no data answer, as their variances are >= 0
 
 _NUMBERS: Final = 4096
 _FARTHEST: Final = 700.0  # log-SNR of the last time where alpha does not vanish in float64
@@ -282,6 +287,77 @@ def _mismatch(asked: _Answers, sde: GaussianSDE) -> PriorMismatch:
     return PriorMismatch(
         alpha * mean / sde.prior_std, std / sde.prior_std, math.prod(asked.z.shape[1:])
     )
+
+
+def data_at_start(
+    model: Model,
+    sde: GaussianSDE,
+    ends: tuple[float, float],
+    x: Tensor,
+    rows: Callable[[], tuple[Tensor, dict[str, Any]]],
+) -> tuple[PriorMismatch | None, int]:
+    """What samples that began as noise alone say of the data left at their start.
+
+    The samples tell where the data lie, at no cost. Only where such data would show at the start is
+    the model asked, by one call at the starts: its alpha E[x0 | x] is alpha m + b (x - alpha m),
+    with m the mean of the data and b from 0 to 1 the share of them in x. Both times a law counts as
+    another one by n rows if it is so by six standard errors of a variance, even if all rows lie on
+    one line.
+
+    Args:
+        model: the model, of the process `sde`.
+        sde: the process.
+        ends: times of the starts and of the samples.
+        x: samples that arrived, [n, *event].
+        rows: gives starts [B, *event] and their conditions, as the model takes them.
+
+    Returns:
+        The mismatch if it matters, else None; and the rows that the model was asked for.
+    """
+    start, end = ends
+    alpha, std = float(sde.alpha(start)), sde.start_std(start)
+    shrink = float(sde.alpha(end))
+    if alpha == 0 or shrink == 0 or not len(x):
+        return None, 0
+    data = x.detach().reshape(len(x), -1).double() / shrink
+    spread = float(data.var(0, unbiased=False).mean()) - (float(sde.sigma(end)) / shrink) ** 2
+    mean = float(data.mean(0).square().mean().sqrt())
+    share = max(spread, 0.0) * (alpha / std) ** 2
+    if not _shows(alpha * mean / std, share / (1 + share), len(x)):
+        return None, 0
+    states, cond = rows()
+    with torch.no_grad():
+        x0 = model.predict("x0", states, model_time(start, states), **cond)
+    z, y = (m.reshape(len(m), -1).double() for m in (states / std, x0 * (alpha / std)))
+    return _of_starts(z, y, not may_differ(cond)), len(states)
+
+
+def _of_starts(z: Tensor, y: Tensor, alike: bool) -> PriorMismatch | None:
+    """The mismatch that answers y = alpha x0 to starts z show, both [B, D] in stds of the start.
+
+    Where conditions differ, so may the mean of each row.
+    """
+    count, size = y.shape
+    if alike and count > 1:
+        centre, parts = y.mean(0), count - 1
+        slope = float(((z - z.mean(0)) * (y - centre)).sum()) / (parts * size)
+        noise = float((y - centre).square().sum()) / parts  # of a network, which is not in the mean
+        square = (float(centre.square().sum()) - noise / count) / size
+    else:
+        slope = float((z * y).mean()) if count > 1 else 0.0
+        square = float(y.square().mean()) - slope**2
+    if not math.isfinite(square + slope) or not _NO_SCORE < slope < 1:
+        return None
+    share = max(slope, 0.0)
+    mean = math.sqrt(max(square, 0.0)) / (1 - share)
+    return PriorMismatch(mean, (1 - share) ** -0.5, size) if _shows(mean, share, count) else None
+
+
+def _shows(mean: float, share: float, count: int) -> bool:
+    """Whether a mean, in stds of the start, and a share of the data are no chance of `count`."""
+    room = 1 + _DEVIATIONS / math.sqrt(2 * count)
+    share /= room
+    return PriorMismatch(mean / room, (1 - share) ** -0.5, 1).matters
 
 
 def scale_within(

@@ -15,6 +15,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from scoresolve.conditions import split_cond
 from scoresolve.divergence import Differentiator
 from scoresolve.driving import (
     Engine,
@@ -54,7 +55,7 @@ from scoresolve.likelihood.result import ErrorBudget, Likelihood
 from scoresolve.models import Model, as_model
 from scoresolve.noise import NoiseSource, Purpose, as_noise
 from scoresolve.plans import check_state
-from scoresolve.sampling import Times, checked_place, checked_shape
+from scoresolve.sampling import Times, checked_place, checked_shape, warn_of_law
 from scoresolve.sde import (
     SDE,
     VP,
@@ -68,6 +69,7 @@ from scoresolve.sde import (
     prior_scale,
 )
 from scoresolve.solvers import Integrator, Solver, get_solver
+from scoresolve.tuning import data_at_start
 
 __all__ = [
     "DEFAULT_COST",
@@ -307,7 +309,30 @@ def sample_with_log_prob(
             start = x.clone()
         task = task.settled(Given(start))
         result = task.solve(way, start, prior)
+        if x is None and isinstance(way, Engine) and isinstance(sde, GaussianSDE):
+            result = _told_of_data(task, sde, result, way.times)
     return _finish(result, raise_on_failure)
+
+
+def _told_of_data(
+    task: _Task, sde: GaussianSDE, drawn: Likelihood, times: tuple[float, ...]
+) -> Likelihood:
+    """`drawn` from the prior at the first of `times`; warns if data are left there.
+
+    The shared nodes need no such look, as they begin where no data are left.
+    """
+    first, batch, ends = slice(0, task.chunk), len(drawn.latent), (times[0], times[-1])
+    assert drawn.x is not None
+    mismatch, asked = data_at_start(
+        task.model,
+        sde,
+        ends,
+        drawn.x[drawn.ok],
+        lambda: (drawn.latent[first], split_cond(task.cond, first, batch)),
+    )
+    if mismatch is not None:
+        warn_of_law(sde, ends[0], mismatch, stacklevel=4)
+    return replace(drawn, nfe=drawn.nfe + bool(asked), shared=drawn.shared + asked)
 
 
 def _check_data(x: Tensor) -> None:
