@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scoresolve.conditions import split_cond, unmarked
+from scoresolve.conditions import may_differ, split_cond, unmarked
 from scoresolve.driving import (
     Engine,
     Given,
@@ -39,15 +39,19 @@ from scoresolve.errors import (
     ModelWarning,
     ScoresolveError,
     ShapeError,
+    check_transforms,
+    checked_place,
+    is_transformed,
     whole_number,
+    yes_or_no,
 )
 from scoresolve.grid import INTEGER_GRIDS, Grid, as_grid, make_grid
 from scoresolve.models import Model, as_model
 from scoresolve.noise import NoiseSource, as_noise
 from scoresolve.plans import Plan, StepReport, check_state, trace
 from scoresolve.sde import SDE, GaussianSDE, check_process
-from scoresolve.solvers import Integrator, Solver, get_solver
-from scoresolve.tuning import PriorMismatch, data_at_start, scale_within
+from scoresolve.solvers import Consistency, Integrator, Solver, get_solver
+from scoresolve.tuning import FirstAnswers, PriorMismatch, data_at_start, scale_within
 
 __all__ = [
     "DEFAULT_NFE",
@@ -223,7 +227,8 @@ def sample(
     Returns:
         `Samples`. A keyboard interrupt hands back what is done, the rest marked INTERRUPTED. With
         `shape`, samples so far or wide that the prior would not hide them are held against the
-        model, by one call in `calls` but not in `nfe`; a `ModelWarning` says what was found.
+        model's first answer, and a `ModelWarning` says what was found. (A compiled plan and an
+        adaptive solver ask for it again, by a call counted in `calls` but not in `nfe`.)
 
     Raises:
         ArgumentError, ShapeError, GridError, UnknownNameError: before the first model call
@@ -231,6 +236,9 @@ def sample(
         SolveError: a sample failed and `raise_on_failure` is set.
     """
     resolved = get_solver(solver)
+    batched = isinstance(x, Tensor) and is_transformed(x)
+    whole = batched and chunk is None and not raise_on_failure
+    check_transforms("sample", mapped=whole and isinstance(resolved, Solver))
     check_process(sde)
     model = as_model(score, sde)
     check_call(score, cond, sample)
@@ -238,10 +246,14 @@ def sample(
     if (shape is None) == (x is None):
         raise ArgumentError("give either shape=[B, *event] or a start x=, not both")
     source = as_noise(noise, seed)
+    denoise = None if denoise is None else yes_or_no("denoise", denoise)
     given_times = None if grid is None or isinstance(grid, str) else as_grid(grid, denoise)
     _check_times(t_start, t_end)
+    switches = {"progress": progress, "compile": compile, "gradients": gradients}
+    for name, switch in {**switches, "raise_on_failure": raise_on_failure}.items():
+        yes_or_no(name, switch)
     if x is None:
-        dtype, device = checked_place(dtype, device or device_of(score))
+        dtype, device = checked_place(dtype, device_of(score) if device is None else device)
         start: Given | Prior = Prior(checked_shape(shape), sde, source, dtype, device)
     else:
         check_state(x)
@@ -295,9 +307,25 @@ def sample(
         told |= _warn_of_signal(sde, engine.t_start, mismatch)
     whole = isinstance(engine, PlanEngine) and (chunk is None or chunk >= start.batch)
     cond = unmarked(cond) if whole else settle(cond, model, start, engine.t_start)
+    runs, answers = model, None
+    looked = isinstance(resolved, Consistency) or (isinstance(start, Prior) and not told)
+    if looked and isinstance(sde, GaussianSDE) and engine.plan and not (compile or batched):
+        runs = answers = FirstAnswers(model, engine.plan, not may_differ(cond))
     with torch.set_grad_enabled(gradients):
-        found = drive(engine, model, start, source, chunk, progress, raise_on_failure, cond, spent)
-    if isinstance(start, Prior) and isinstance(sde, GaussianSDE) and not told:
+        found = drive(engine, runs, start, source, chunk, progress, raise_on_failure, cond, spent)
+    share = None
+    if answers is not None and isinstance(resolved, Consistency):
+        share = answers.collapsed(found.x[found.ok])
+    if share is not None:
+        warnings.warn(
+            f"the first answers of the model, at t = {engine.t_start:g}, have {share:.2g} of the "
+            f"variance of the samples, so it is an ordinary denoiser: {resolved.name!r} needs a "
+            "consistency model, whose answers to noise are samples; take another solver",
+            ModelWarning,
+            stacklevel=2,
+        )
+    seen = not told and not is_transformed(found.x)
+    if isinstance(start, Prior) and isinstance(sde, GaussianSDE) and seen:
         prior, first = start, slice(0, chunk or width or start.batch)
         last = engine.ends[1] if isinstance(engine, IntegratorEngine) else engine.times[-1]
         mismatch, asked = data_at_start(
@@ -306,6 +334,7 @@ def sample(
             (engine.t_start, last),
             found.x[found.ok],
             lambda: (prior.rows(first), split_cond(cond, first, prior.batch)),
+            answers,
         )
         found = replace(found, calls=found.calls + bool(asked), rows=found.rows + asked)
         if mismatch is not None:
@@ -349,6 +378,7 @@ def encode(
         raise ArgumentError(f"{resolved.name!r} draws noise: encoding needs a deterministic solver")
     check_process(sde)
     _check_times(t_start, t_end)
+    check_transforms("encode", mapped=isinstance(resolved, Solver))
     if grid is None or isinstance(grid, str):
         if grid in INTEGER_GRIDS and (t_start is not None or t_end is not None):
             raise GridError(
@@ -435,7 +465,7 @@ def checked_shape(shape: Sequence[int] | None) -> tuple[int, ...]:
     """The sizes [B, *event] of a state; raises `ShapeError` for anything else."""
     listed = shape.tolist() if isinstance(shape, Tensor | np.ndarray) else shape
     try:
-        if isinstance(listed, str):
+        if isinstance(listed, str | bytes):
             raise TypeError
         sizes = tuple(whole_number("size", size) for size in listed or ())
     except (ScoresolveError, TypeError) as error:
@@ -445,23 +475,6 @@ def checked_shape(shape: Sequence[int] | None) -> tuple[int, ...]:
     if math.prod(sizes) > _MOST_ELEMENTS:
         raise ShapeError(f"shape = {shape}: a state of so many elements fits into no memory")
     return sizes
-
-
-def checked_place(
-    dtype: torch.dtype | None, device: torch.device | str | None
-) -> tuple[torch.dtype | None, torch.device | None]:
-    """A dtype and a device that exist here."""
-    if dtype is not None and not isinstance(dtype, torch.dtype):
-        raise ArgumentError(f"dtype = {dtype!r}: give a torch.dtype, such as torch.float32")
-    if device is None:
-        return dtype, None
-    try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        why = str(error).splitlines()[0]
-        raise ArgumentError(f"device = {str(device)!r} cannot be used here: {why}") from error
-    return dtype, place
 
 
 def refuse(solver: Integrator, **given: object) -> None:

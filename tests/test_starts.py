@@ -141,7 +141,8 @@ def told_of(sde: GaussianSDE, mean: float, std: float, count: int, **options: An
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         out = ss.sample(model, sde, shape=(count, 2), **options)
-    assert "chunk" in options or out.calls == out.nfe + len(told)
+    again = len(told) if options.get("solver") in ("adams", "dopri5") else 0
+    assert "chunk" in options or out.calls == out.nfe + again
     return [str(warning.message) for warning in told]
 
 
