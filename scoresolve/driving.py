@@ -28,6 +28,7 @@ from scoresolve.errors import (
     SolveError,
     Status,
     check_output,
+    is_transformed,
     row_status,
     whole_number,
 )
@@ -52,6 +53,18 @@ __all__ = [
     "warn_of_dropout",
 ]
 
+
+_OTHER_NAMES: Final = {
+    "t_stop": "t_end",
+    "t_final": "t_end",
+    "t_begin": "t_start",
+    "t_init": "t_start",
+    "n_steps": "steps",
+    "num_steps": "steps",
+    "num_inference_steps": "steps",
+    "batch_size": "shape",
+}
+"""Names that others have for arguments of the verbs, too unlike to be found by likeness."""
 
 _MISSPELT: Final = 0.75
 """Likeness from which a name is taken for another one misspelt: "sed" and "stepz" are, "scale" is
@@ -361,7 +374,7 @@ def in_chunks(
 
 
 def _interrupted(status: Tensor) -> bool:
-    if torch._C._functorch.is_functorch_wrapped_tensor(status):
+    if is_transformed(status):
         return False  # under a transform of torch.func no value can be looked at
     return bool((status == int(Status.INTERRUPTED)).any())
 
@@ -468,7 +481,11 @@ def check_call(
     doubts = {
         name: near[0]
         for name in cond
-        if name not in explicit and (near := difflib.get_close_matches(name, own, 1, _MISSPELT))
+        if name not in explicit
+        and (
+            near := [other for other in (_OTHER_NAMES.get(name),) if other in own]
+            or difflib.get_close_matches(name, own, 1, _MISSPELT)
+        )
     }
     hint = "".join(f"; did you mean {near}= for {name}=?" for name, near in doubts.items())
     if taken is not None:

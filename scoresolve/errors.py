@@ -13,8 +13,11 @@ from collections.abc import Collection, Iterable
 from enum import IntEnum
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 
 __all__ = [
     "MOST_STEPS",
@@ -27,12 +30,16 @@ __all__ = [
     "Status",
     "UnknownNameError",
     "check_output",
+    "check_transforms",
+    "checked_place",
+    "is_transformed",
     "nearest_names",
     "real_number",
     "row_status",
     "short",
     "step_count",
     "whole_number",
+    "yes_or_no",
 ]
 
 
@@ -164,6 +171,31 @@ def check_output(m: object, x: Tensor) -> None:
         )
 
 
+def check_transforms(what: str, mapped: bool = False) -> None:
+    """Raise inside a transform of `torch.func`, which hides the values that `what` decides by.
+
+    Args:
+        what: is called.
+        mapped: whether `vmap` is all right.
+
+    Raises:
+        ArgumentError: a transform is active.
+    """
+    levels = retrieve_all_functorch_interpreters() if functorch.maybe_current_level() else []
+    if any(not mapped or level.key() != functorch.TransformType.Vmap for level in levels):
+        raise ArgumentError(
+            f"{what} cannot run here inside a transform of torch.func (grad, jacrev, jvp, vmap), "
+            "which hides the values that it decides by: call it outside, or make a plan outside "
+            "and call its run(..., in_place=False) inside; sample(gradients=True) and "
+            "differentiable_sample have gradients by autograd"
+        )
+
+
+def is_transformed(x: Tensor) -> bool:
+    """Whether `x` belongs to a transform of `torch.func`, under which it has no values."""
+    return bool(functorch.is_functorch_wrapped_tensor(x))
+
+
 def _how_to_mend(m: Tensor, x: Tensor) -> str:
     text = "return one value per element of x"
     if x.ndim > 1 and m.shape == (x.shape[0], 2 * x.shape[1], *x.shape[2:]):
@@ -218,3 +250,29 @@ def real_number(
         high = "" if most == math.inf else f" up to {most:g}"
         raise ArgumentError(f"{name} = {short(value)}: give a finite number{low}{high}")
     return number
+
+
+def yes_or_no(name: str, value: object) -> bool:
+    """`value` as a bool; raises `ArgumentError` for what is not True, False, 1 or 0."""
+    if isinstance(value, bool | np.bool_) or (isinstance(value, int) and value in (0, 1)):
+        return bool(value)
+    raise ArgumentError(f"{name} = {short(value)}: give True or False")
+
+
+def checked_place(
+    dtype: torch.dtype | None, device: torch.device | str | None
+) -> tuple[torch.dtype | None, torch.device | None]:
+    """A dtype and a device that exist here; raises `ArgumentError` for anything else."""
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise ArgumentError(f"dtype = {dtype!r}: give a torch.dtype, such as torch.float32")
+    if device is None:
+        return dtype, None
+    try:
+        if isinstance(device, Tensor):
+            raise TypeError("it is a tensor")
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        why = str(error).splitlines()[0]
+        raise ArgumentError(f"device = {short(device)} cannot be used here: {why}") from error
+    return dtype, place

@@ -28,13 +28,14 @@ from scipy.optimize import least_squares
 from torch import Tensor, nn
 
 from scoresolve.conditions import part_of
-from scoresolve.driving import Given, Prior, Samples, device_of, failure, settle
-from scoresolve.errors import ArgumentError
+from scoresolve.driving import Given, Prior, Samples, check_call, device_of, failure, settle
+from scoresolve.errors import ArgumentError, check_transforms, checked_place, whole_number
 from scoresolve.grid import Grid, as_grid
 from scoresolve.models import Model, as_model
-from scoresolve.noise import Philox, Purpose
-from scoresolve.sampling import Times, grid_for, sample
-from scoresolve.sde import SDE, GaussianSDE
+from scoresolve.noise import Philox, Purpose, as_noise
+from scoresolve.plans import check_state
+from scoresolve.sampling import Times, checked_shape, grid_for, sample
+from scoresolve.sde import SDE, GaussianSDE, check_process
 from scoresolve.solvers import AdaptiveAdams, Integrator, Solver, get_solver
 from scoresolve.tuning import LEAST_BUDGET, scale_within
 
@@ -133,11 +134,18 @@ def fit_grid(
         raise ArgumentError(f"{resolved.name!r} draws noise: its error is not that of a path")
     if (shape is None) == (x is None):
         raise ArgumentError("give either shape=[n, *event] or starts x=, not both")
+    check_transforms("fit_grid")
+    check_process(sde)
     model = as_model(score, sde)
+    check_call(score, cond, fit_grid)
+    source = as_noise(None, seed)
+    placed, where = checked_place(dtype, device_of(score) if device is None else device)
     if x is None:
-        where = device or device_of(score)
-        prior = Prior(tuple(shape or ()), sde, Philox(seed), dtype, where)
-        x = prior.rows(slice(None))
+        x = Prior(checked_shape(shape), sde, source, placed, where).rows(slice(None))
+    check_state(x)
+    check_process(sde, x)
+    if chunk is not None:
+        chunk = whole_number("chunk", chunk)
     if x.shape[0] < _LEAST_STARTS:
         raise ArgumentError(f"{x.shape[0]} starts: give at least {_LEAST_STARTS}")
     scale = model.data_scale

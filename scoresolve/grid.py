@@ -31,6 +31,7 @@ from scoresolve.errors import (
     known_name,
     short,
     step_count,
+    yes_or_no,
 )
 from scoresolve.sde import SDE, DiscreteVP, GaussianSDE, check_process, host
 
@@ -57,9 +58,7 @@ class Grid:
     def __post_init__(self) -> None:
         times = _numbers(self.times)
         object.__setattr__(self, "times", times)
-        if not isinstance(self.denoise, bool | int):
-            raise ArgumentError(f"denoise = {short(self.denoise)}: give True or False")
-        object.__setattr__(self, "denoise", bool(self.denoise))
+        object.__setattr__(self, "denoise", yes_or_no("denoise", self.denoise))
         if len(times) < (1 if self.denoise else 2):
             raise GridError(f"a grid of {len(times)} times has no step: give at least two times")
         if not all(math.isfinite(t) for t in times):
@@ -290,6 +289,7 @@ def make_grid(
     """
     known_name("grid", name, GRIDS)
     steps = step_count("steps", steps)
+    denoise = None if denoise is None else yes_or_no("denoise", denoise)
     check_process(sde)
     given = {"rho": rho, "shift": shift, "a": a, "b": b, "scale": scale}
     options = _own_options(name, {k: v for k, v in given.items() if v is not None} | other)

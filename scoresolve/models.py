@@ -29,7 +29,10 @@ from scoresolve.errors import (
     ShapeError,
     UnknownNameError,
     check_output,
+    is_transformed,
     known_name,
+    short,
+    yes_or_no,
 )
 from scoresolve.sde import (
     EDM,
@@ -256,13 +259,20 @@ class NetworkModel(Model):
         time_dtype: torch.dtype | None = None,
     ) -> None:
         known_name("prediction", prediction, PREDICTIONS)
+        if not callable(net):
+            raise ArgumentError(f"the network is {type(net).__name__}: give a callable net(x, t)")
+        if isinstance(net, type):
+            raise ArgumentError(
+                f"the network is the class {net.__name__} itself: give an instance of it"
+            )
         if prediction != "score" and not isinstance(sde, GaussianSDE):
             raise ArgumentError(
                 f"{prediction!r} is defined for Gaussian processes only, not for {sde}: "
                 "give the score"
             )
-        if time_dtype is not None and not time_dtype.is_floating_point:
-            raise ArgumentError(f"time_dtype = {time_dtype}: give a floating-point dtype")
+        floating = isinstance(time_dtype, torch.dtype) and time_dtype.is_floating_point
+        if time_dtype is not None and not floating:
+            raise ArgumentError(f"time_dtype = {short(time_dtype)}: give a floating-point dtype")
         self.net, self.sde, self.prediction = net, sde, prediction
         self.time_dtype = time_dtype
         self.data_scale = getattr(net, "data_scale", None)
@@ -271,8 +281,7 @@ class NetworkModel(Model):
     def native(self, x: Tensor, t: TimeLike, **cond: Any) -> Tensor:
         """The network's own prediction at `x` [B, *event] and `t` [] or [B], in `x`'s dtype.
 
-        An `nn.Module` is called in the dtype of its parameters, with times of at least float32;
-        one that returns an object holds the prediction as its `.sample`.
+        An `nn.Module` is called in the dtype of its parameters, with times of at least float32.
         """
         parameter = next(self.net.parameters(), None) if isinstance(self.net, nn.Module) else None
         state = x
@@ -280,14 +289,15 @@ class NetworkModel(Model):
             state = x.to(parameter.dtype)
             if isinstance(t, Tensor) and t.is_floating_point() and parameter.is_floating_point():
                 t = t.to(torch.promote_types(parameter.dtype, torch.float32))
-        out: Any = self.asked(state, t, **cond)
-        prediction = out if isinstance(out, Tensor) else getattr(out, "sample", out)
+        prediction = self.asked(state, t, **cond)
         check_output(prediction, x)
         result: Tensor = prediction.to(x.dtype)
         return result
 
     def asked(self, x: Tensor, t: TimeLike, **cond: Any) -> Any:
         """What the network returns; whatever it does to its arguments, `x` and `t` stay the same.
+
+        Of an object that is no tensor, the prediction that it holds as its `.sample`.
 
         The first call gets copies and tells whether the network writes into them; one that does
         gets copies ever after.
@@ -299,11 +309,12 @@ class NetworkModel(Model):
         if self.time_dtype is not None and isinstance(t, Tensor) and t.is_floating_point():
             t = t.to(self.time_dtype)
         if torch.compiler.is_compiling():  # copies that nobody writes into cost nothing there
-            return self.net(x.clone(), t.clone() if isinstance(t, Tensor) else t, **cond)
+            copied = t.clone() if isinstance(t, Tensor) else t
+            return _prediction(self.net(x.clone(), copied, **cond))
         try:
             if self._writes is False:
                 if x.is_inference():
-                    return self.net(x, t, **cond)
+                    return _prediction(self.net(x, t, **cond))
                 watched = [a for a in (x, t) if isinstance(a, Tensor) and not a.is_inference()]
                 seen = [each._version for each in watched]
                 out: Any = self.net(x, t, **cond)
@@ -313,8 +324,8 @@ class NetworkModel(Model):
                         "first call: the state is lost; let it work on a copy, as in "
                         "`lambda x, t: net(x.clone(), t)`"
                     )
-                return out
-            return self._asked_with_copies(x, t, cond)
+                return _prediction(out)
+            return _prediction(self._asked_with_copies(x, t, cond))
         except ScoresolveError:
             raise
         except Exception as error:
@@ -363,11 +374,16 @@ class NetworkModel(Model):
         raise ArgumentError(f"{prediction!r} needs a Gaussian process, got {self.sde}")
 
 
+def _prediction(out: Any) -> Any:
+    """The tensor in what a network returns, as diffusers' outputs hold it."""
+    return out if isinstance(out, Tensor) else getattr(out, "sample", out)
+
+
 def _same(a: object, b: object) -> bool:
     """Whether a copy still has the values that it was made of; what is no tensor was not copied."""
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or a.device.type == "meta":
         return True
-    if torch._C._functorch.is_functorch_wrapped_tensor(a):
+    if is_transformed(a):
         return True  # whose values cannot be asked for
     return bool(((a == b) | b.isnan()).all())
 
@@ -438,7 +454,7 @@ class _TimestepModel(NetworkModel):
         time_dtype: torch.dtype | None,
     ) -> None:
         super().__init__(net, sde, prediction, time_dtype)
-        self.quantize, self.last = quantize, int(sde.T) - 1
+        self.quantize, self.last = yes_or_no("quantize", quantize), int(sde.T) - 1
 
     def native(self, x: Tensor, t: TimeLike, **cond: Any) -> Tensor:
         timestep = (as_time(t, x) - 1).expand(x.shape[0])
@@ -561,7 +577,7 @@ def from_denoiser(
     Source:
         Karras et al. 2022 (2206.00364), eq. 2-3.
     """
-    return NetworkModel(net, sde or EDM(), "x0", time_dtype)
+    return NetworkModel(net, EDM() if sde is None else sde, "x0", time_dtype)
 
 
 def from_energy(energy: Callable[..., Tensor]) -> EnergyModel:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from scoresolve.conditions import settled, split_cond
 from scoresolve.driving import failure, in_chunks, rejoined, warn_of_dropout
-from scoresolve.errors import ArgumentError, Status, check_output, whole_number
+from scoresolve.errors import ArgumentError, Status, check_output, whole_number, yes_or_no
 from scoresolve.kernels import (
     ChainNoise,
     ChainState,
@@ -142,7 +142,7 @@ def run_chains(
     batch, rows = len(x), torch.arange(len(x), device="cpu")
     factor, source = factor_of(covariance, x), as_noise(noise, seed)
     warn_of_dropout(score)
-    run = _Run(chosen, steps, warmup, thin if keep else None)
+    run = _Run(chosen, steps, warmup, thin if yes_or_no("keep", keep) else None)
 
     def answer(i: int, one: dict[str, Any]) -> Tensor:
         state = x[i : i + 1].clone()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scoresolve.conditions import unmarked
+from scoresolve.conditions import may_differ, split_cond, unmarked
 from scoresolve.driving import (
     Engine,
     Given,
@@ -38,15 +39,19 @@ from scoresolve.errors import (
     ModelWarning,
     ScoresolveError,
     ShapeError,
+    check_transforms,
+    checked_place,
+    is_transformed,
     whole_number,
+    yes_or_no,
 )
 from scoresolve.grid import INTEGER_GRIDS, Grid, as_grid, make_grid
 from scoresolve.models import Model, as_model
 from scoresolve.noise import NoiseSource, as_noise
 from scoresolve.plans import Plan, StepReport, check_state, trace
 from scoresolve.sde import SDE, GaussianSDE, check_process
-from scoresolve.solvers import Integrator, Solver, get_solver
-from scoresolve.tuning import PriorMismatch, scale_within
+from scoresolve.solvers import Consistency, Integrator, Solver, get_solver
+from scoresolve.tuning import FirstAnswers, PriorMismatch, data_at_start, scale_within
 
 __all__ = [
     "DEFAULT_NFE",
@@ -58,6 +63,7 @@ __all__ = [
     "plan",
     "refuse",
     "sample",
+    "warn_of_law",
 ]
 
 DEFAULT_SOLVER = "auto"
@@ -219,7 +225,10 @@ def sample(
         **cond: passed on to the model; tensors whose first axis is B are split with the batch.
 
     Returns:
-        `Samples`. A keyboard interrupt hands back what is done, the rest marked INTERRUPTED.
+        `Samples`. A keyboard interrupt hands back what is done, the rest marked INTERRUPTED. With
+        `shape`, samples so far or wide that the prior would not hide them are held against the
+        model's first answer, and a `ModelWarning` says what was found. (A compiled plan and an
+        adaptive solver ask for it again, by a call counted in `calls` but not in `nfe`.)
 
     Raises:
         ArgumentError, ShapeError, GridError, UnknownNameError: before the first model call
@@ -227,6 +236,9 @@ def sample(
         SolveError: a sample failed and `raise_on_failure` is set.
     """
     resolved = get_solver(solver)
+    batched = isinstance(x, Tensor) and is_transformed(x)
+    whole = batched and chunk is None and not raise_on_failure
+    check_transforms("sample", mapped=whole and isinstance(resolved, Solver))
     check_process(sde)
     model = as_model(score, sde)
     check_call(score, cond, sample)
@@ -234,10 +246,14 @@ def sample(
     if (shape is None) == (x is None):
         raise ArgumentError("give either shape=[B, *event] or a start x=, not both")
     source = as_noise(noise, seed)
+    denoise = None if denoise is None else yes_or_no("denoise", denoise)
     given_times = None if grid is None or isinstance(grid, str) else as_grid(grid, denoise)
     _check_times(t_start, t_end)
+    switches = {"progress": progress, "compile": compile, "gradients": gradients}
+    for name, switch in {**switches, "raise_on_failure": raise_on_failure}.items():
+        yes_or_no(name, switch)
     if x is None:
-        dtype, device = checked_place(dtype, device or device_of(score))
+        dtype, device = checked_place(dtype, device_of(score) if device is None else device)
         start: Given | Prior = Prior(checked_shape(shape), sde, source, dtype, device)
     else:
         check_state(x)
@@ -249,7 +265,7 @@ def sample(
         whole_number("chunk", chunk)
     if callback is not None and not callable(callback):
         raise ArgumentError(f"callback = {callback!r}: give a callable that takes a StepReport")
-    spent, mismatch = 0, None
+    spent, mismatch, width = 0, None, None
     if isinstance(resolved, Solver):
         if nfe is not None:
             nfe = _checked_nfe(nfe)
@@ -285,13 +301,45 @@ def sample(
         Grid(ends).check(sde)
         width, chunk = (chunk, None) if resolved.refills else (None, chunk)
         engine = IntegratorEngine(resolved, sde, ends, bool(denoise), width)
+    told = mismatch is not None
     if isinstance(start, Prior):
         start.begin_at(engine.t_start)
-        _warn_of_signal(sde, engine.t_start, mismatch)
+        told |= _warn_of_signal(sde, engine.t_start, mismatch)
     whole = isinstance(engine, PlanEngine) and (chunk is None or chunk >= start.batch)
     cond = unmarked(cond) if whole else settle(cond, model, start, engine.t_start)
+    runs, answers = model, None
+    looked = isinstance(resolved, Consistency) or (isinstance(start, Prior) and not told)
+    if looked and isinstance(sde, GaussianSDE) and engine.plan and not (compile or batched):
+        runs = answers = FirstAnswers(model, engine.plan, not may_differ(cond))
     with torch.set_grad_enabled(gradients):
-        return drive(engine, model, start, source, chunk, progress, raise_on_failure, cond, spent)
+        found = drive(engine, runs, start, source, chunk, progress, raise_on_failure, cond, spent)
+    share = None
+    if answers is not None and isinstance(resolved, Consistency):
+        share = answers.collapsed(found.x[found.ok])
+    if share is not None:
+        warnings.warn(
+            f"the first answers of the model, at t = {engine.t_start:g}, have {share:.2g} of the "
+            f"variance of the samples, so it is an ordinary denoiser: {resolved.name!r} needs a "
+            "consistency model, whose answers to noise are samples; take another solver",
+            ModelWarning,
+            stacklevel=2,
+        )
+    seen = not told and not is_transformed(found.x)
+    if isinstance(start, Prior) and isinstance(sde, GaussianSDE) and seen:
+        prior, first = start, slice(0, chunk or width or start.batch)
+        last = engine.ends[1] if isinstance(engine, IntegratorEngine) else engine.times[-1]
+        mismatch, asked = data_at_start(
+            model,
+            sde,
+            (engine.t_start, last),
+            found.x[found.ok],
+            lambda: (prior.rows(first), split_cond(cond, first, prior.batch)),
+            answers,
+        )
+        found = replace(found, calls=found.calls + bool(asked), rows=found.rows + asked)
+        if mismatch is not None:
+            warn_of_law(sde, engine.t_start, mismatch)
+    return found
 
 
 def encode(
@@ -330,6 +378,7 @@ def encode(
         raise ArgumentError(f"{resolved.name!r} draws noise: encoding needs a deterministic solver")
     check_process(sde)
     _check_times(t_start, t_end)
+    check_transforms("encode", mapped=isinstance(resolved, Solver))
     if grid is None or isinstance(grid, str):
         if grid in INTEGER_GRIDS and (t_start is not None or t_end is not None):
             raise GridError(
@@ -360,27 +409,34 @@ def encode(
     )
 
 
-def _warn_of_signal(sde: SDE, t: float, mismatch: PriorMismatch | None) -> None:
-    """Tell that a start without data in it is not the law of the process at `t`."""
+def _warn_of_signal(sde: SDE, t: float, mismatch: PriorMismatch | None) -> bool:
+    """Tell that a start without data in it is not the law of the process at `t`; whether it is."""
     if not isinstance(sde, GaussianSDE):
-        return
+        return False
     snr = math.exp(float(sde.log_snr(t)))
     if t == sde.T and mismatch is not None:
         shows = mismatch.matters
-        what = (
-            f"with the model's data a mean of {mismatch.mean:.3g} and a standard deviation of "
-            f"{mismatch.std:.3g} times that of the noise"
-        )
     else:
-        shows, what = snr > _HIDDEN, f"alpha^2/sigma^2 = {snr:.2g}"
+        shows, mismatch = snr > _HIDDEN, None
     if shows:
-        warnings.warn(
-            f"the start at t = {t:g} is drawn as noise alone, but {sde} still holds the data there "
-            f"({what}), so samples follow another law: give x=, data noised to that time, or a "
-            "process that drowns them",
-            ModelWarning,
-            stacklevel=3,
+        warn_of_law(sde, t, mismatch or f"alpha^2/sigma^2 = {snr:.2g}", stacklevel=4)
+    return shows
+
+
+def warn_of_law(sde: SDE, t: float, why: PriorMismatch | str, stacklevel: int = 3) -> None:
+    """Tell that samples started as noise alone at `t`, where the process still holds the data."""
+    if isinstance(why, PriorMismatch):
+        why = (
+            f"with the model's data a mean of {why.mean:.3g} and a standard deviation of "
+            f"{why.std:.3g} times that of the noise"
         )
+    warnings.warn(
+        f"the start at t = {t:g} is drawn as noise alone, but {sde} still holds the data there "
+        f"({why}), so samples follow another law: give x=, data noised to that time, or a "
+        "process that drowns them",
+        ModelWarning,
+        stacklevel=stacklevel,
+    )
 
 
 def _steps_at(budget: int, one: int, two: int) -> int:
@@ -409,7 +465,7 @@ def checked_shape(shape: Sequence[int] | None) -> tuple[int, ...]:
     """The sizes [B, *event] of a state; raises `ShapeError` for anything else."""
     listed = shape.tolist() if isinstance(shape, Tensor | np.ndarray) else shape
     try:
-        if isinstance(listed, str):
+        if isinstance(listed, str | bytes):
             raise TypeError
         sizes = tuple(whole_number("size", size) for size in listed or ())
     except (ScoresolveError, TypeError) as error:
@@ -419,23 +475,6 @@ def checked_shape(shape: Sequence[int] | None) -> tuple[int, ...]:
     if math.prod(sizes) > _MOST_ELEMENTS:
         raise ShapeError(f"shape = {shape}: a state of so many elements fits into no memory")
     return sizes
-
-
-def checked_place(
-    dtype: torch.dtype | None, device: torch.device | str | None
-) -> tuple[torch.dtype | None, torch.device | None]:
-    """A dtype and a device that exist here."""
-    if dtype is not None and not isinstance(dtype, torch.dtype):
-        raise ArgumentError(f"dtype = {dtype!r}: give a torch.dtype, such as torch.float32")
-    if device is None:
-        return dtype, None
-    try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        why = str(error).splitlines()[0]
-        raise ArgumentError(f"device = {str(device)!r} cannot be used here: {why}") from error
-    return dtype, place
 
 
 def refuse(solver: Integrator, **given: object) -> None:

@@ -14,6 +14,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -26,16 +27,22 @@ from scoresolve.errors import (
     ModelWarning,
     ScoresolveError,
     ShapeError,
+    check_output,
+    check_transforms,
+    checked_place,
     whole_number,
 )
-from scoresolve.models import Model, as_model, scale_of_data
+from scoresolve.models import Model, as_model, conversion, scale_of_data
 from scoresolve.noise import Philox, Purpose
-from scoresolve.sde import GaussianSDE, host
+from scoresolve.plans import Call, Plan, model_time
+from scoresolve.sde import GaussianSDE, TimeLike, host
 from scoresolve.solvers.adaptive.drift import rounded_inside
 
 __all__ = [
     "LEAST_BUDGET",
+    "FirstAnswers",
     "PriorMismatch",
+    "data_at_start",
     "measure_scale",
     "measure_scale_and_mismatch",
     "measured_or_none",
@@ -53,6 +60,12 @@ MISMATCH: Final = 1e-3
 """Divergence in nats an element from which on a prior counts as another law than that at T."""
 
 MOST_PAIRS: Final = 2**16
+
+_DEVIATIONS: Final = 6.0
+_NO_SCORE: Final = -0.1  # slope of x0 in x below which no data answer, as their variances are >= 0
+
+_COLLAPSED: Final = 0.1
+_FEW_ANSWERS: Final = 16
 
 _NUMBERS: Final = 4096
 _FARTHEST: Final = 700.0  # log-SNR of the last time where alpha does not vanish in float64
@@ -218,6 +231,7 @@ def _ask(
     device: torch.device | str | None,
     cond: dict[str, Any],
 ) -> _Answers:
+    check_transforms("measuring the scale of the data", mapped=True)
     if not isinstance(sde, GaussianSDE):
         raise ArgumentError(f"{sde} has no noise level sigma/alpha: the scale has no meaning there")
     try:
@@ -230,8 +244,8 @@ def _ask(
     wanted = min(64, math.ceil(_NUMBERS / size))
     if pairs is not None:
         wanted = whole_number("pairs", pairs, 1, MOST_PAIRS)
-    factory = {"dtype": dtype, "device": device or device_of(score)}
-    like = torch.empty((wanted, *event), **factory)  # type: ignore[arg-type]
+    dtype, device = checked_place(dtype, device_of(score) if device is None else device)
+    like = torch.empty((wanted, *event), dtype=dtype, device=device)
     z = Philox(seed).normal(like, 0, Purpose.PROBE)
     log_snr = -2 * host(levels).log()
     times = sde.time_from_log_snr(log_snr.clamp(min=-_FARTHEST))
@@ -282,6 +296,142 @@ def _mismatch(asked: _Answers, sde: GaussianSDE) -> PriorMismatch:
     return PriorMismatch(
         alpha * mean / sde.prior_std, std / sde.prior_std, math.prod(asked.z.shape[1:])
     )
+
+
+def data_at_start(
+    model: Model,
+    sde: GaussianSDE,
+    ends: tuple[float, float],
+    x: Tensor,
+    rows: Callable[[], tuple[Tensor, dict[str, Any]]],
+    answers: FirstAnswers | None = None,
+) -> tuple[PriorMismatch | None, int]:
+    """What samples that began as noise alone say of the data left at their start.
+
+    The samples tell where the data lie, at no cost. Only where such data would show at the start is
+    the model asked, by one call at the starts: its alpha E[x0 | x] is alpha m + b (x - alpha m),
+    with m the mean of the data and b from 0 to 1 the share of them in x. Both times a law counts as
+    another one by n rows if it is so by six standard errors of a variance, even if all rows lie on
+    one line.
+
+    Args:
+        model: the model, of the process `sde`.
+        sde: the process.
+        ends: times of the starts and of the samples.
+        x: samples that arrived, [n, *event].
+        rows: gives starts [B, *event] and their conditions, as the model takes them.
+        answers: of the run, in place of the call.
+
+    Returns:
+        The mismatch if it matters, else None; and the rows that the model was asked for.
+    """
+    start, end = ends
+    alpha, std = float(sde.alpha(start)), sde.start_std(start)
+    shrink = float(sde.alpha(end))
+    if alpha == 0 or shrink == 0 or not len(x):
+        return None, 0
+    data = x.detach().reshape(len(x), -1).double() / shrink
+    spread = float(data.var(0, unbiased=False).mean()) - (float(sde.sigma(end)) / shrink) ** 2
+    mean = float(data.mean(0).square().mean().sqrt())
+    share = max(spread, 0.0) * (alpha / std) ** 2
+    if not _shows(alpha * mean / std, share / (1 + share), len(x)):
+        return None, 0
+    if answers is not None and answers.at_start:
+        return answers.mismatch, 0
+    states, cond = rows()
+    with torch.no_grad():
+        x0 = model.predict("x0", states, model_time(start, states), **cond)
+    z, y = (m.reshape(len(m), -1).double() for m in (states / std, x0 * (alpha / std)))
+    return _of_starts(z, y, not may_differ(cond)), len(states)
+
+
+class FirstAnswers(Model):
+    """`model`, of whose first answer in each run of a plan the variance is kept.
+
+    Args:
+        model: a model of the plan's process.
+        plan: what is run, from a state x_0 at its first time.
+        alike: whether all samples have the same conditions.
+
+    Attributes:
+        mismatch: what the first answer of the first run shows of data left at the start.
+    """
+
+    def __init__(self, model: Model, plan: Plan, alike: bool = True) -> None:
+        self.alike = alike
+        self.mismatch: PriorMismatch | None = None
+        first = next((stage for stage in plan.stages if isinstance(stage, Call)), None)
+        self.at_start = first is not None and first.x == 0 and first.t == plan.times[0]
+        self.model, self.sde, self.data_scale = model, model.sde, model.data_scale
+        self.plan, self.made, self.count = plan, 0, 0
+        self.sums: Tensor | float = 0.0
+        self.squares: Tensor | float = 0.0
+
+    def predict(self, prediction: str, x: Tensor, t: TimeLike, **cond: Any) -> Tensor:
+        return self.model.predict(prediction, x, t, **cond)
+
+    def bind(self, prediction: str) -> tuple[str, Callable[..., Tensor]]:
+        source, function = self.model.bind(prediction)
+        return source, partial(self._asked, source, function)
+
+    def _asked(
+        self, source: str, function: Callable[..., Tensor], x: Tensor, t: Tensor, **cond: Any
+    ) -> Tensor:
+        m = function(x, t, **cond)
+        if self.made % self.plan.nfe == 0 and self.plan.start is not None:
+            check_output(m, x)
+            u, w = conversion(source, "x0", self.plan.start)
+            x0 = (u * x + w * m).detach().reshape(len(x), -1).double()
+            self.count += len(x)
+            self.sums, self.squares = self.sums + x0.sum(0), self.squares + x0.square().sum()
+            if self.made == 0 and self.at_start:
+                std = self.plan.prior_std or 1.0
+                z = x.detach().reshape(len(x), -1).double() / std
+                self.mismatch = _of_starts(z, x0 * (self.plan.start.alpha / std), self.alike)
+        self.made += 1
+        return m
+
+    def collapsed(self, x: Tensor) -> float | None:
+        """Their variance in that of the samples `x` [n, *event] that came of them, if it is small.
+
+        That of a consistency model is about 1, as its answer to noise is a sample. That of a
+        denoiser is v/(v + k^2) where the data have variance v, k = sigma/alpha. Below a tenth it
+        is told; by chance, of 16 samples on one line, it is there with probability 2e-5.
+        """
+        if self.plan.nfe < 2 or min(self.count, len(x)) < _FEW_ANSWERS:
+            return None
+        total = self.squares - torch.as_tensor(self.sums).square().sum() / self.count
+        spread = float(x.detach().reshape(len(x), -1).double().var(0).sum())
+        share = float(total) / (self.count - 1) / spread if spread > 0 else math.nan
+        return share if share < _COLLAPSED else None
+
+
+def _of_starts(z: Tensor, y: Tensor, alike: bool) -> PriorMismatch | None:
+    """The mismatch that answers y = alpha x0 to starts z show, both [B, D] in stds of the start.
+
+    Where conditions differ, so may the mean of each row.
+    """
+    count, size = y.shape
+    if alike and count > 1:
+        centre, parts = y.mean(0), count - 1
+        slope = float(((z - z.mean(0)) * (y - centre)).sum()) / (parts * size)
+        noise = float((y - centre).square().sum()) / parts  # of a network, which is not in the mean
+        square = (float(centre.square().sum()) - noise / count) / size
+    else:
+        slope = float((z * y).mean()) if count > 1 else 0.0
+        square = float(y.square().mean()) - slope**2
+    if not math.isfinite(square + slope) or not _NO_SCORE < slope < 1:
+        return None
+    share = max(slope, 0.0)
+    mean = math.sqrt(max(square, 0.0)) / (1 - share)
+    return PriorMismatch(mean, (1 - share) ** -0.5, size) if _shows(mean, share, count) else None
+
+
+def _shows(mean: float, share: float, count: int) -> bool:
+    """Whether a mean, in stds of the start, and a share of the data are no chance of `count`."""
+    room = 1 + _DEVIATIONS / math.sqrt(2 * count)
+    share /= room
+    return PriorMismatch(mean / room, (1 - share) ** -0.5, 1).matters
 
 
 def scale_within(

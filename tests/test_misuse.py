@@ -517,3 +517,135 @@ def test_arguments_of_the_wrong_kind_get_a_sentence(given: dict[str, Any]) -> No
     if "t_end" in given:
         with pytest.raises(ArgumentError, match="give"):
             ss.encode(lambda x, t: -x, VP(), torch.ones(2, 2), **given)
+
+
+BAD: tuple[Any, ...] = ("3", b"x", 3.5, -1, math.nan, object(), [1.5], {"a": 1}, torch.ones(2))
+POINTS = torch.linspace(-1, 1, 128).reshape(64, 2)
+
+
+def plain(x: Tensor, t: Tensor) -> Tensor:
+    return -x
+
+
+VERBS: dict[str, tuple[Callable[..., Any], dict[str, Any], str]] = {
+    "sample": (
+        lambda **given: ss.sample(plain, **given),
+        {"sde": VP(), "shape": (2, 2), "solver": "ddim", "steps": 2},
+        "sde shape solver steps denoise gradients compile progress raise_on_failure chunk seed "
+        "dtype device",
+    ),
+    "encode": (
+        lambda **given: ss.encode(plain, **given),
+        {"sde": VP(), "x": POINTS, "solver": "ddim", "steps": 2},
+        "sde x solver steps progress raise_on_failure chunk",
+    ),
+    "log_likelihood": (
+        lambda **given: ss.log_likelihood(plain, **given),
+        {"sde": VP(), "x": POINTS[:2], "cost": 64},
+        "sde x solver cost trace mode progress raise_on_failure chunk seed",
+    ),
+    "sample_with_log_prob": (
+        lambda **given: ss.sample_with_log_prob(plain, **given),
+        {"sde": VP(), "shape": (2, 2), "cost": 64},
+        "sde shape solver cost trace mode progress raise_on_failure chunk seed dtype device",
+    ),
+    "fit_grid": (
+        lambda **given: ss.fit_grid(plain, **given),
+        {"sde": VP(), "shape": (12, 2), "solver": "ddim", "steps": 1},
+        "sde shape solver steps chunk seed dtype device",
+    ),
+    "verify_model": (
+        lambda **given: ss.verify_model(plain, **given),
+        {"sde": VP(), "data": POINTS, "levels": [1.0], "quantities": ("denoising",)},
+        "sde data quantities chunk seed",
+    ),
+    "run_chains": (
+        lambda **given: ss.run_chains(ss.targets.ring().score, x=POINTS, **given),
+        {"kernel": "mala", "steps": 2},
+        "keep steps kernel",
+    ),
+    "measure_scale": (
+        lambda **given: ss.measure_scale(plain, **given),
+        {"sde": VP(), "event": (2,)},
+        "sde pairs seed dtype device",
+    ),
+    "variational_bound": (
+        lambda **given: ss.variational_bound(plain, **given),
+        {"sde": VP(), "x": POINTS[:2]},
+        "sde x stratified draws seed",
+    ),
+    "from_discrete": (
+        lambda **given: ss.from_discrete(**given),
+        {"net": plain, "alphas_cumprod": [0.9, 0.5]},
+        "net quantize time_dtype prediction",
+    ),
+    "make_grid": (
+        lambda **given: ss.make_grid(**given),
+        {"name": "cosine", "sde": VP(), "steps": 2},
+        "name sde steps denoise",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("verb", "argument"), [(verb, name) for verb in VERBS for name in VERBS[verb][2].split()]
+)
+def test_a_value_of_the_wrong_kind_is_refused_with_a_sentence(verb: str, argument: str) -> None:
+    run, right, _ = VERBS[verb]
+    for value in BAD:
+        if isinstance(value, Tensor) and argument in ("x", "shape"):
+            continue  # of two numbers, which are two samples, or two sizes
+        with pytest.raises(ScoresolveError, match=r"\w+ \w+"):
+            run(**(right | {argument: value}))
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev, torch.func.vmap])
+def test_transforms_that_hide_values_are_refused(transform: Callable[..., Any]) -> None:
+    def inside(run: Callable[[Tensor], Tensor]) -> None:
+        with pytest.raises(ArgumentError, match="inside a transform of"):
+            transform(lambda x: run(x).sum())(POINTS[None] if transform is vmap else POINTS)
+
+    vmap, sde = torch.func.vmap, VP()
+    for solver in ("dopri5", "adams"):
+        inside(lambda x, solver=solver: ss.sample(plain, sde, x=x, solver=solver).x)  # type: ignore[misc]
+    inside(lambda x: ss.sample(plain, sde, x=x, solver="ddim", nfe=4, chunk=1).x)
+    inside(lambda x: ss.sample(lambda y, t: -y * x.mean(), sde, shape=(4, 2), solver="ddim").x)
+    inside(lambda x: ss.encode(plain, sde, x).x)
+    inside(lambda x: ss.log_likelihood(plain, sde, x).log_prob)
+    inside(lambda x: ss.sample_with_log_prob(plain, sde, x=x).log_prob)
+    inside(lambda x: ss.fit_grid(plain, sde, x=x, solver="ddim").grid)  # type: ignore[return-value, arg-type]
+    inside(lambda x: ss.verify_model(plain, sde, x).findings)  # type: ignore[return-value, arg-type]
+    inside(lambda x: ss.check_model(plain, sde, x))  # type: ignore[return-value, arg-type]
+    if transform is not vmap:
+        inside(lambda x: ss.sample(plain, sde, x=x, solver="ddim", nfe=4).x)
+
+
+def test_a_plan_runs_inside_a_transform() -> None:
+    plan, sde = ss.plan("ddim", VP(), TIMES), VP()
+    model = ss.models.as_model(plain, sde)
+    gradient = torch.func.grad(lambda x: plan.run(model, x, in_place=False).sum())(POINTS)
+    torch.testing.assert_close(gradient, plan.run(model, torch.ones_like(POINTS)))
+
+
+@pytest.mark.parametrize("solver", ["auto", "ddpm", "dopri5", "dpmpp_2m"])
+def test_plain_callables_may_return_objects_that_hold_a_sample(solver: str) -> None:
+    class Output:
+        def __init__(self, sample: Tensor) -> None:
+            self.sample = sample
+
+    def held(x: Tensor, t: Tensor) -> Any:
+        return Output(-x)
+
+    given, bare = (ss.sample(f, VP(), shape=(3, 2), solver=solver).x for f in (held, plain))
+    assert torch.equal(given, bare)
+
+
+def test_names_that_others_have_for_arguments_are_told() -> None:
+    def greedy(x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        return -x
+
+    for name, own in {"t_stop": "t_end", "num_inference_steps": "steps", "stepz": "steps"}.items():
+        with pytest.warns(ss.errors.ModelWarning, match=f"did you mean {own}= for {name}="):
+            ss.sample(greedy, VP(), shape=(2, 2), solver="ddim", nfe=4, **{name: 0.1})  # type: ignore[arg-type]
+        with pytest.raises(ArgumentError, match=f"did you mean {own}="):
+            ss.sample(plain, VP(), shape=(2, 2), solver="ddim", nfe=4, **{name: 0.1})  # type: ignore[arg-type]

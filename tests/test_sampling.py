@@ -684,8 +684,8 @@ def test_dropout_in_train_mode_warns(
 ) -> None:
     net = Network(noisy)
     with pytest.warns(ModelWarning, match=r"call net.eval\(\) first"):
-        sample(wrap(net.train()), PLANE, shape=(2, 3), steps=1)
-    sample(wrap(net.eval()), PLANE, shape=(2, 3), steps=1)
+        sample(wrap(net.train()), PLANE, x=torch.zeros(2, 3), steps=1)
+    sample(wrap(net.eval()), PLANE, x=torch.zeros(2, 3), steps=1)
 
 
 def test_the_warning_points_at_the_callers_line(strict: None) -> None:
@@ -695,7 +695,7 @@ def test_the_warning_points_at_the_callers_line(strict: None) -> None:
 
 
 def test_a_network_without_noise_does_not_warn(strict: None) -> None:
-    sample(Network().train(), PLANE, shape=(2, 3), steps=1)
+    sample(Network().train(), PLANE, x=torch.zeros(2, 3), steps=1)
 
 
 def test_empty_batches_stay_empty() -> None:

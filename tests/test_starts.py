@@ -131,6 +131,98 @@ def test_a_prior_that_does_not_drown_the_data_is_told() -> None:
         ss.sample(lambda x, t: -x, ss.VP(), shape=(4, 4))
 
 
+FIXED = ("dpmpp_2m", "heun", "adams", "dopri5", "ddpm")
+
+
+def told_of(sde: GaussianSDE, mean: float, std: float, count: int, **options: Any) -> list[str]:
+    """What a run from the prior warns of, for Gaussian data of which the model says nothing."""
+    data = ss.targets.gaussian([mean] * 2, std**2).score_model(sde)
+    model = ss.from_x0(lambda x, t: data.predict("x0", x, t), sde)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        out = ss.sample(model, sde, shape=(count, 2), **options)
+    again = len(told) if options.get("solver") in ("adams", "dopri5") else 0
+    assert "chunk" in options or out.calls == out.nfe + again
+    return [str(warning.message) for warning in told]
+
+
+@pytest.mark.parametrize("solver", FIXED)
+@pytest.mark.parametrize(
+    ("sde", "mean", "std"), [(ss.EDM(sigma_max=10), 10, 1), (ss.VP(), 100, 1), (ss.EDM(), 0, 80)]
+)
+def test_every_solver_tells_of_data_that_the_prior_does_not_drown(
+    sde: GaussianSDE, mean: float, std: float, solver: str
+) -> None:
+    for count in (2, 64):
+        (text,) = told_of(sde, mean, std, count, solver=solver)
+        assert "still holds the data there" in text
+    if mean:  # which a single sample shows too
+        assert told_of(sde, mean, std, 1, solver=solver)
+
+
+@pytest.mark.parametrize("solver", FIXED)
+@pytest.mark.parametrize(
+    ("sde", "mean", "std"),
+    [
+        (ss.VP(), 0, 1),
+        (ss.VP(), 2, 3),
+        (ss.EDM(), 0, 1),
+        (ss.EDM(sigma_max=10), 0, 1),
+        (ss.RectifiedFlow(), 30, 9),
+    ],
+)
+def test_no_solver_tells_of_data_that_are_drowned(
+    sde: GaussianSDE, mean: float, std: float, solver: str
+) -> None:
+    for count in (1, 2, 64):
+        assert told_of(sde, mean, std, count, solver=solver) == []
+    assert told_of(sde, mean, std, 64, solver=solver, chunk=1) == []
+    for seed in range(20):
+        assert told_of(sde, mean, std, 1, solver=solver, seed=seed) == []
+
+
+def test_a_network_that_errs_at_the_start_is_not_taken_for_far_data() -> None:
+    def noisy(x: Tensor, t: Tensor) -> Tensor:
+        rate = 0.6 * (7919 * x).sin()  # 0.42 of the noise, another one for every sample
+        return ss.VP().sigma(t).to(x)[:, None] * x + rate
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ss.sample(lambda x, t: -x, ss.VP(), shape=(3,), solver="ddim", dtype=torch.float64)
+        for count in (2, 64):
+            ss.sample(ss.from_eps(noisy, ss.VP()), ss.VP(), shape=(count, 64), solver="ddim")
+
+
+def test_far_means_that_follow_a_condition_are_told() -> None:
+    sde, sign = ss.EDM(sigma_max=10), torch.tensor([1.0, -1.0]).repeat(8)
+
+    def denoiser(x: Tensor, sigma: Tensor, where: Tensor) -> Tensor:
+        share = 1 / (1 + sigma**2)[:, None]
+        return share * x + (1 - share) * where[:, None]
+
+    for far in (True, False):
+        cond = ss.per_sample(10.0 * sign if far else sign / 10)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            ss.sample(
+                ss.from_denoiser(denoiser, sde), sde, shape=(16, 2), solver="heun", where=cond
+            )
+        assert len(told) == far
+
+
+def test_densities_of_samples_from_a_prior_that_does_not_drown_the_data_are_told() -> None:
+    sde, far = ss.EDM(sigma_max=10), ss.targets.gaussian([10.0, 10.0], 1.0)
+    model = far.score_model(sde)
+    with pytest.warns(ModelWarning, match="still holds the data"):
+        out = ss.sample_with_log_prob(model, sde, (64, 2), solver="dopri5")
+    assert out.shared == 64
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # whose nodes begin at infinity: the mean is within four standard errors
+        drawn = ss.sample_with_log_prob(lambda x, t: model(x, t), sde, (256, 2)).x
+    assert drawn is not None and float((drawn.mean(0) - 10).abs().max()) < 4 / 16
+
+
 def test_a_start_of_a_process_without_schedule_is_asked_for() -> None:
     class Drifting(ss.SDE):
         has_prior = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -105,3 +106,36 @@ def test_the_trained_network_knows_its_data() -> None:
 def test_a_model_that_is_no_denoiser_up_there_is_told() -> None:
     with pytest.raises(ArgumentError, match="check_model"):
         ss.measure_scale(ss.from_x0(lambda x, t: -x, VP()), VP(), (4,))
+
+
+@pytest.mark.parametrize("sde", [ss.VP(), ss.EDM(), ss.RectifiedFlow()], ids=str)
+def test_a_denoiser_is_not_taken_for_a_consistency_model(sde: ss.GaussianSDE) -> None:
+    data = ss.targets.gaussian([1.0, -1.0], 0.25).score_model(sde)
+    mixture = ss.targets.ring().score_model(sde)
+
+    def told(net: Any, **options: Any) -> list[str]:
+        options = {"shape": (64, 2), "steps": 3, "grid": "cosine", "denoise": True} | options
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            ss.sample(ss.from_x0(net, sde), sde, solver="consistency", **options)
+        return [str(each.message) for each in found]
+
+    def gaussian(x: Tensor, t: Tensor) -> Tensor:  # where the flow of N(m, 1/4) ends
+        alpha, sigma = (f(t).to(x)[:, None] for f in (sde.alpha, sde.sigma))
+        mean = torch.tensor([1.0, -1.0]).to(x)
+        return mean + (x - alpha * mean) / (alpha**2 + 4 * sigma**2).sqrt()
+
+    def ring(x: Tensor, t: Tensor) -> Tensor:
+        start = min(float(t[0]), sde.T)
+        if start <= sde.t_min:
+            return x
+        return ss.sample(mixture, sde, x=x, solver="dpmpp_2m", nfe=20, t_start=start).x
+
+    for model in (data, mixture):
+        for options in ({}, {"chunk": 5}, {"dtype": torch.float64}):
+            (text,) = told(lambda x, t, m=model: m.predict("x0", x, t), **options)
+            assert "ordinary denoiser" in text
+    for right in (gaussian, ring):
+        for count in (1, 16, 64):
+            for seed in range(3):
+                assert told(right, shape=(count, 2), seed=seed) == []

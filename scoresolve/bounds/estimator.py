@@ -21,7 +21,7 @@ from torch.special import log_ndtr
 from scoresolve.bounds.dequantisation import bits_per_dim, standard_error
 from scoresolve.conditions import unmarked
 from scoresolve.driving import warn_of_dropout
-from scoresolve.errors import ArgumentError, ShapeError, check_output, whole_number
+from scoresolve.errors import ArgumentError, ShapeError, check_output, whole_number, yes_or_no
 from scoresolve.models import Model, as_model
 from scoresolve.noise import NoiseSource, Purpose
 from scoresolve.plans import check_state
@@ -98,7 +98,8 @@ class Estimator:
         check_state(x)
         self.model, self.sde, self.state = as_model(score, sde), sde, x
         self.cond = unmarked(cond)
-        self.draws, self.stratified = whole_number("draws", draws, 1, MOST), stratified
+        self.draws = whole_number("draws", draws, 1, MOST)
+        self.stratified = yes_or_no("stratified", stratified)
         self.noise, self.calls, self.dimension = noise, 0, math.prod(x.shape[1:])
         self.x = x.reshape(len(x), -1).double()
         self.levels = (

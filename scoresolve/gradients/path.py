@@ -75,7 +75,7 @@ class Path:
     def solve(self, x: Tensor, mode: str, segment: int | None, refine: int) -> Tensor:
         known_name("mode", mode, MODES)
         for name, value, its in (("segment", segment, "checkpoint"), ("refine", refine, "adjoint")):
-            if value not in (None, 1) and mode != its:
+            if value is not None and whole_number(name, value) != 1 and mode != its:
                 raise ArgumentError(f"{name} = {value} means nothing to {mode!r}: leave it out")
         if mode == "direct" or not torch.is_grad_enabled():
             start = (

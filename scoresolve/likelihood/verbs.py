@@ -15,6 +15,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from scoresolve.conditions import split_cond
 from scoresolve.divergence import Differentiator
 from scoresolve.driving import (
     Engine,
@@ -30,9 +31,12 @@ from scoresolve.driving import (
 from scoresolve.errors import (
     ArgumentError,
     ShapeError,
+    check_transforms,
+    checked_place,
     known_name,
     real_number,
     whole_number,
+    yes_or_no,
 )
 from scoresolve.grid import Grid
 from scoresolve.likelihood.engine import (
@@ -54,7 +58,7 @@ from scoresolve.likelihood.result import ErrorBudget, Likelihood
 from scoresolve.models import Model, as_model
 from scoresolve.noise import NoiseSource, Purpose, as_noise
 from scoresolve.plans import check_state
-from scoresolve.sampling import Times, checked_place, checked_shape
+from scoresolve.sampling import Times, checked_shape, warn_of_law
 from scoresolve.sde import (
     SDE,
     VP,
@@ -68,6 +72,7 @@ from scoresolve.sde import (
     prior_scale,
 )
 from scoresolve.solvers import Integrator, Solver, get_solver
+from scoresolve.tuning import data_at_start
 
 __all__ = [
     "DEFAULT_COST",
@@ -179,6 +184,7 @@ def log_likelihood(
         (1806.07366), eq. 8; Grathwohl et al. 2019 (1810.01367), section 3.1. Nodes, quadrature
         and probes of the default are this package's.
     """
+    check_transforms("log_likelihood")
     check_process(sde)
     check_prior(sde, prior)
     _check_data(x)
@@ -188,10 +194,12 @@ def log_likelihood(
     if dequantise is not None:
         dequantise = real_number("dequantise", dequantise, above=0)
     _check_grid(grid, steps, nfe, t_start, t_end)
+    yes_or_no("progress", progress)
+    yes_or_no("raise_on_failure", raise_on_failure)
     task = _Task(
         as_model(score, sde),
         sde,
-        (_data_time(sde) if t_start is None else t_start, sde.T if t_end is None else t_end),
+        (_time(t_start, _data_time(sde)), _time(t_end, sde.T)),
         True,
         trace,
         None if probes is None else whole_number("probes", probes, 1, MOST_PROBES),
@@ -262,6 +270,7 @@ def sample_with_log_prob(
         ShapeError, GridError, UnknownNameError, SolveError: as for `log_likelihood`; also for
             times that increase.
     """
+    check_transforms("sample_with_log_prob")
     check_process(sde)
     check_call(score, cond, sample_with_log_prob)
     if (shape is None) == (x is None):
@@ -279,10 +288,12 @@ def sample_with_log_prob(
         _check_data(x)
         sizes = tuple(x.shape)
     _check_grid(grid, steps, nfe, t_start, t_end)
+    yes_or_no("progress", progress)
+    yes_or_no("raise_on_failure", raise_on_failure)
     task = _Task(
         as_model(score, sde),
         sde,
-        (_data_time(sde) if t_end is None else t_end, sde.T if t_start is None else t_start),
+        (_time(t_end, _data_time(sde)), _time(t_start, sde.T)),
         False,
         trace,
         None if probes is None else whole_number("probes", probes, 1, MOST_PROBES),
@@ -295,7 +306,10 @@ def sample_with_log_prob(
     own = isinstance(sde, GaussianSDE) and x is None
     way = task.way(math.prod(sizes[1:]), solver, own, cost, steps, nfe, grid)
     warn_of_dropout(score)
-    factory: dict[str, Any] = {"dtype": dtype, "device": device or device_of(score)}
+    factory: dict[str, Any] = {
+        "dtype": dtype,
+        "device": device_of(score) if device is None else device,
+    }
     with torch.inference_mode(False), torch.no_grad():
         if x is None:
             start = task.source.normal(torch.empty(sizes, **factory), 0, Purpose.START)
@@ -307,7 +321,30 @@ def sample_with_log_prob(
             start = x.clone()
         task = task.settled(Given(start))
         result = task.solve(way, start, prior)
+        if x is None and isinstance(way, Engine) and isinstance(sde, GaussianSDE):
+            result = _told_of_data(task, sde, result, way.times)
     return _finish(result, raise_on_failure)
+
+
+def _told_of_data(
+    task: _Task, sde: GaussianSDE, drawn: Likelihood, times: tuple[float, ...]
+) -> Likelihood:
+    """`drawn` from the prior at the first of `times`; warns if data are left there.
+
+    The shared nodes need no such look, as they begin where no data are left.
+    """
+    first, batch, ends = slice(0, task.chunk), len(drawn.latent), (times[0], times[-1])
+    assert drawn.x is not None
+    mismatch, asked = data_at_start(
+        task.model,
+        sde,
+        ends,
+        drawn.x[drawn.ok],
+        lambda: (drawn.latent[first], split_cond(task.cond, first, batch)),
+    )
+    if mismatch is not None:
+        warn_of_law(sde, ends[0], mismatch, stacklevel=4)
+    return replace(drawn, nfe=drawn.nfe + bool(asked), shared=drawn.shared + asked)
 
 
 def _check_data(x: Tensor) -> None:
@@ -500,6 +537,10 @@ def _finish(result: Likelihood, raise_on_failure: bool) -> Likelihood:
     if raise_on_failure and not bool(result.ok.all()):
         raise failure(result, result.status)
     return result
+
+
+def _time(given: float | None, own: float) -> float:
+    return own if given is None else float(given)
 
 
 def _data_time(sde: SDE) -> float:

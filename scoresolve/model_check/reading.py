@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from scoresolve.conditions import unmarked
-from scoresolve.errors import ArgumentError, check_output, whole_number
+from scoresolve.errors import ArgumentError, check_output, check_transforms, whole_number
 from scoresolve.models import PREDICTIONS, Model, NetworkModel, as_model, conversion
 from scoresolve.noise import Philox, Purpose
 from scoresolve.sde import GaussianSDE, SchedulePoint
@@ -108,6 +108,7 @@ def check_model(
             two points, not finite or one point.
         Exception: what the network raises when it is called as declared, with a note of where.
     """
+    check_transforms("check_model")
     if not isinstance(sde, GaussianSDE):
         raise ArgumentError(f"{sde} is not Gaussian: there is no denoising to compare with")
     if not isinstance(data, Tensor):

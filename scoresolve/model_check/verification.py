@@ -15,7 +15,7 @@ fails these has no density, and a network that passes them and fails those has a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -27,8 +27,10 @@ from scoresolve.errors import (
     ArgumentError,
     ShapeError,
     check_output,
+    check_transforms,
     known_name,
     real_number,
+    short,
     whole_number,
 )
 from scoresolve.model_check.derivatives import (
@@ -133,8 +135,9 @@ def verify_model(
         (2111.04726), for the posterior covariance; Salimans and Ho 2021, "Should EBMs model the
         energy or the score?", for the asymmetry of the Jacobian.
     """
-    if isinstance(quantities, str):
-        raise ArgumentError(f"quantities = {quantities!r}: give a sequence of names")
+    check_transforms("verify_model")
+    if isinstance(quantities, str | Tensor) or not isinstance(quantities, Iterable):
+        raise ArgumentError(f"quantities = {short(quantities)}: give a sequence of names")
     wanted = [known_name("quantity", name, QUANTITIES) for name in quantities]
     if not wanted:
         raise ArgumentError(f"quantities is empty: name some of {', '.join(QUANTITIES)}")

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from scoresolve.errors import ArgumentError, GridError, ShapeError, check_output
+from scoresolve.errors import ArgumentError, GridError, ShapeError, check_output, is_transformed
 from scoresolve.models import Model, conversion
 from scoresolve.noise import NoiseSource
 from scoresolve.plans.stages import Call, Combine, Custom, Draw, Drift, Mark, Stage
@@ -258,7 +258,7 @@ class Program:
         slots: list[Any] = [None] * self.slots
         slots[0] = x
         size, dtype, shape = x.numel(), x.dtype, x.shape
-        if in_place and torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if in_place and is_transformed(x):
             in_place = False  # its storage cannot be looked at
         large = size >= _LARGE
         one = torch.ones(1, dtype=dtype, device=x.device) if large else None
