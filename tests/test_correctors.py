@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
 from strategies import generator, normal
 
-from scoresolve.kernels import MALA
+from scoresolve.kernels import MALA, ChainNoise, Target
+from scoresolve.kernels.base import ChainState
+from scoresolve.models import as_model
 from scoresolve.noise import Philox, first_draw
 from scoresolve.plans import Linear, Run, trace
+from scoresolve.plans.stages import Draw
 from scoresolve.sampling import grid_for, sample
 from scoresolve.sampling import plan as plan_for
-from scoresolve.sde import EDM, VP, GaussianSDE, Langevin, RectifiedFlow
+from scoresolve.sde import EDM, SDE, VP, GaussianSDE, Langevin, RectifiedFlow, TimeLike, as_time
 from scoresolve.solvers import (
     DDIM,
     AnnealedCorrector,
@@ -65,7 +69,7 @@ def test_langevin_corrector_leaves_the_marginal_up_to_the_third_order_of_its_ste
 
 
 class _Stay(Solver):
-    name, predicts, order, source = "stay", "x0", None, "a step of no length"
+    name, predicts, order, source = "stay", "score", None, "a step of no length"
 
     def step(self, x: Linear, t: float, s: float, run: Run) -> Linear:
         return x + 0.0 * run.predict(x, t)
@@ -130,3 +134,80 @@ def test_pc_runs_on_processes_that_have_drift_and_diffusion_alone() -> None:
         # Euler's step of 0.01 adds up to 0.01 / 0.3 / 2 to the latter
         assert float(out.x.mean()) == pytest.approx(0.5, abs=0.03)
         assert float(out.x.var()) == pytest.approx(0.3, rel=0.08)
+
+
+class _Rising(SDE):
+    """dx = -x dt + (1 + t) dw: a diffusion that tells times apart."""
+
+    def drift(self, x: torch.Tensor, t: TimeLike) -> torch.Tensor:
+        return -x
+
+    def diffusion(self, t: TimeLike) -> torch.Tensor:
+        return 1 + as_time(t)
+
+
+@pytest.mark.parametrize(
+    ("corrector", "shift"), [(LangevinCorrector(), 0.25), (AnnealedCorrector(), 0.0)]
+)
+def test_without_sigma_a_move_has_the_noise_of_the_step_that_it_follows(
+    corrector: LangevinCorrector | AnnealedCorrector, shift: float
+) -> None:
+    """A law that stays where it is does not notice a wrong step size, so it is asked for itself."""
+    times, score = (1.0, 0.9, 0.6), lambda y, t: -0.5 * y.sin()
+    sde, noise, x = _Rising(), Philox(7), normal(generator(3), 4, 3)
+    plan = trace(PredictorCorrector(_Stay(), corrector), sde, times, denoise=False)
+    expected = x
+    for draw, (t, s) in enumerate(itertools.pairwise(times)):
+        delta = (1 + s) ** 2 * (t - s) / 2
+        kick = math.sqrt(2 * delta) * noise.normal(x, draw)
+        expected = expected + delta * score(expected + shift * kick, s) + kick
+    found = plan.run(as_model(score, sde), x, noise)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+class _Watched(MALA):
+    """MALA that keeps the step sizes it is given and the acceptances it had."""
+
+    def __init__(self, step_size: float) -> None:
+        super().__init__(step_size)
+        self.steps: list[torch.Tensor] = []
+        self.accepted: list[torch.Tensor] = []
+
+    def step(
+        self, state: ChainState, target: Target, noise: ChainNoise, h: torch.Tensor
+    ) -> ChainState:
+        after = super().step(state, target, noise, h)
+        assert after.acceptance is not None
+        self.steps.append(h.flatten())
+        self.accepted.append(after.acceptance)
+        return after
+
+
+@pytest.mark.parametrize("wanted", [None, 0.6])
+def test_kernel_corrector_scales_and_moves_its_step_as_its_docstring_says(
+    wanted: float | None,
+) -> None:
+    """An adjusted kernel leaves p_t at any step size, so that no law tells whether it is right."""
+    kernel, sde = _Watched(0.3), VP()
+    corrector = KernelCorrector(kernel, moves=4, acceptance=wanted)
+    plan = trace(PredictorCorrector(DDIM(), corrector), sde, (1.0, 0.2), denoise=False)
+    plan.run(as_model(lambda y, t: -y - y**3, sde), normal(generator(3), 5, 3), Philox(7))
+    h = torch.full((5,), 0.3 * float(sde.sigma(0.2)) ** 2, dtype=torch.float64)
+    assert len(kernel.steps) == 4
+    for move, (step, acceptance) in enumerate(zip(kernel.steps, kernel.accepted, strict=True), 1):
+        torch.testing.assert_close(step, h, rtol=1e-12, atol=0.0)
+        if wanted is not None:
+            h = h * ((acceptance - wanted) / math.sqrt(move)).exp()
+
+
+@pytest.mark.parametrize("sde", [VP(), EDM(), RectifiedFlow()], ids=lambda s: type(s).__name__)
+def test_annealed_corrector_is_the_rule_of_its_docstring(sde: GaussianSDE) -> None:
+    """Its noise belongs to no interval, so that a path does not give it the step's own numbers."""
+    t, s, ratio = 0.5 * sde.T, 0.2 * sde.T, 0.3
+    plan = trace(PredictorCorrector(_Stay(), AnnealedCorrector(ratio)), sde, (t, s), denoise=False)
+    assert [(z.t, z.s) for z in plan.stages if isinstance(z, Draw)] == [(s, s)]
+    score, x, noise = lambda y, t: -0.5 * y.sin(), normal(generator(3), 4, 3), Philox(7)
+    delta = ratio * float(sde.sigma(s)) ** 2 / 2
+    kick = math.sqrt(2 * delta) * noise.normal(x, first_draw(t))
+    found = plan.run(as_model(score, sde), x, noise)
+    torch.testing.assert_close(found, x + delta * score(x, s) + kick, rtol=1e-12, atol=1e-12)
