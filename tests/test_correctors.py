@@ -183,14 +183,15 @@ class _Watched(MALA):
         return after
 
 
+@pytest.mark.parametrize("start", [1.0, 0.6])
 @pytest.mark.parametrize("wanted", [None, 0.6])
 def test_kernel_corrector_scales_and_moves_its_step_as_its_docstring_says(
-    wanted: float | None,
+    wanted: float | None, start: float
 ) -> None:
     """An adjusted kernel leaves p_t at any step size, so that no law tells whether it is right."""
     kernel, sde = _Watched(0.3), VP()
     corrector = KernelCorrector(kernel, moves=4, acceptance=wanted)
-    plan = trace(PredictorCorrector(DDIM(), corrector), sde, (1.0, 0.2), denoise=False)
+    plan = trace(PredictorCorrector(DDIM(), corrector), sde, (start, 0.2), denoise=False)
     plan.run(as_model(lambda y, t: -y - y**3, sde), normal(generator(3), 5, 3), Philox(7))
     h = torch.full((5,), 0.3 * float(sde.sigma(0.2)) ** 2, dtype=torch.float64)
     assert len(kernel.steps) == 4

@@ -63,7 +63,8 @@ class ChainNoise:
     def normal(self, like: Tensor) -> Tensor:
         """The next standard normal numbers, fresh, shape of `like` [B * copies, *event]."""
         shape = (len(like) // self.copies, self.copies, *like.shape[1:])
-        z = self.source.normal(like.reshape(shape), self.normals, Purpose.CHAIN)
+        # four normals for each draw of the plan, whose numbers inside a process use all 32 bits
+        z = self.source.normal(like.reshape(shape), self.normals % 2**32, Purpose.CHAIN)
         self.normals += 1
         return z.reshape(like.shape)
 
