@@ -155,7 +155,7 @@ def test_without_sigma_a_move_has_the_noise_of_the_step_that_it_follows(
     """A law that stays where it is does not notice a wrong step size, so it is asked for itself."""
     times, score = (1.0, 0.9, 0.6), lambda y, t: -0.5 * y.sin()
     sde, noise, x = _Rising(), Philox(7), normal(generator(3), 4, 3)
-    plan = trace(PredictorCorrector(_Stay(), corrector), sde, times, denoise=False)
+    plan = trace(PredictorCorrector(_Stay(), corrector, 1), sde, times, denoise=False)
     expected = x
     for draw, (t, s) in enumerate(itertools.pairwise(times)):
         delta = (1 + s) ** 2 * (t - s) / 2
