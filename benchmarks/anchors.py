@@ -109,7 +109,7 @@ def measure(
     """
     torch.set_num_threads(1)
     if not installed("k-diffusion"):
-        raise ImportError("k-diffusion is not installed: pip install 'scoresolve[bench]'")
+        raise ImportError("k-diffusion is not installed: CONTRIBUTING.md says how")
     rows: list[dict[str, object]] = []
     for name in cases:
         case = model, sde = CASES[name]()
