@@ -216,8 +216,8 @@ class _Answers:
 
     def products(self) -> tuple[list[float], float]:
         """Means over pairs and elements of z (x0(k z) - x0(-k z)), for each level, and of z^2."""
-        found = (self.z * (self.x0[:, 0] - self.x0[:, 1])).double().flatten(1).mean(1)
-        return found.tolist(), float(self.z.double().square().mean())
+        found = _wide(self.z * (self.x0[:, 0] - self.x0[:, 1])).mean(1)
+        return found.tolist(), float(_wide(self.z).square().mean())
 
 
 def _ask(
@@ -288,7 +288,7 @@ def _mismatch(asked: _Answers, sde: GaussianSDE) -> PriorMismatch:
     if alpha == 0:
         return PriorMismatch(0.0, sigma / sde.prior_std, math.prod(asked.z.shape[1:]))
     variance = _variance(level * found / 2 / square, level)
-    middle = asked.x0.double().mean((0, 1, 2))  # (1 - share) E[x0] of a Gaussian
+    middle = _wide(asked.x0.flatten(0, 2)).mean(0)  # (1 - share) E[x0] of a Gaussian
     share = variance / (variance + level**2)
     mean = float(middle.square().mean().sqrt()) / abs(1 - share) if share != 1 else math.inf
     spread = alpha**2 * variance + sigma**2
@@ -330,7 +330,7 @@ def data_at_start(
     shrink = float(sde.alpha(end))
     if alpha == 0 or shrink == 0 or not len(x):
         return None, 0
-    data = x.detach().reshape(len(x), -1).double() / shrink
+    data = _wide(x) / shrink
     spread = float(data.var(0, unbiased=False).mean()) - (float(sde.sigma(end)) / shrink) ** 2
     mean = float(data.mean(0).square().mean().sqrt())
     share = max(spread, 0.0) * (alpha / std) ** 2
@@ -341,7 +341,7 @@ def data_at_start(
     states, cond = rows()
     with torch.no_grad():
         x0 = model.predict("x0", states, model_time(start, states), **cond)
-    z, y = (m.reshape(len(m), -1).double() for m in (states / std, x0 * (alpha / std)))
+    z, y = _wide(states) / std, _wide(x0) * (alpha / std)
     return _of_starts(z, y, not may_differ(cond)), len(states)
 
 
@@ -381,12 +381,12 @@ class FirstAnswers(Model):
         if self.made % self.plan.nfe == 0 and self.plan.start is not None:
             check_output(m, x)
             u, w = conversion(source, "x0", self.plan.start)
-            x0 = (u * x + w * m).detach().reshape(len(x), -1).double()
+            x0 = _wide(u * x + w * m)
             self.count += len(x)
             self.sums, self.squares = self.sums + x0.sum(0), self.squares + x0.square().sum()
             if self.made == 0 and self.at_start:
                 std = self.plan.prior_std or 1.0
-                z = x.detach().reshape(len(x), -1).double() / std
+                z = _wide(x) / std
                 self.mismatch = _of_starts(z, x0 * (self.plan.start.alpha / std), self.alike)
         self.made += 1
         return m
@@ -401,9 +401,14 @@ class FirstAnswers(Model):
         if self.plan.nfe < 2 or min(self.count, len(x)) < _FEW_ANSWERS:
             return None
         total = self.squares - torch.as_tensor(self.sums).square().sum() / self.count
-        spread = float(x.detach().reshape(len(x), -1).double().var(0).sum())
+        spread = float(_wide(x).var(0).sum())
         share = float(total) / (self.count - 1) / spread if spread > 0 else math.nan
         return share if share < _COLLAPSED else None
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Rows [B, D] in float32 or more; not every device has float64."""
+    return x.detach().reshape(len(x), -1).to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _of_starts(z: Tensor, y: Tensor, alike: bool) -> PriorMismatch | None:
