@@ -176,8 +176,8 @@ def test_no_solver_tells_of_data_that_are_drowned(
 ) -> None:
     for count in (1, 2, 64):
         assert told_of(sde, mean, std, count, solver=solver) == []
-    assert told_of(sde, mean, std, 64, solver=solver, chunk=1) == []
-    for seed in range(20):
+    assert told_of(sde, mean, std, 8, solver=solver, chunk=1) == []
+    for seed in range(20 if solver == "dpmpp_2m" else 3):  # the starts are the same for all
         assert told_of(sde, mean, std, 1, solver=solver, seed=seed) == []
 
 
