@@ -201,6 +201,20 @@ def test_kernel_corrector_scales_and_moves_its_step_as_its_docstring_says(
             h = h * ((acceptance - wanted) / math.sqrt(move)).exp()
 
 
+def test_kernel_corrector_integrates_scores_of_degree_five_exactly_by_default() -> None:
+    """Three Gauss nodes are exact to degree 5, two to 3 only; more than three change nothing."""
+    sde, accepted = VP(), []
+    for options in ({}, {"nodes": 12}, {"nodes": 2}):
+        kernel = _Watched(0.3)
+        pc = PredictorCorrector(_Stay(), KernelCorrector(kernel, **options))
+        plan = trace(pc, sde, (0.6, 0.2), denoise=False)
+        plan.run(as_model(lambda y, t: -y - y**5, sde), normal(generator(3), 64, 1), Philox(7))
+        accepted.append(torch.cat(kernel.accepted))
+    default, many, few = accepted
+    torch.testing.assert_close(default, many, rtol=1e-9, atol=1e-12)
+    assert float((few - many).abs().max()) > 1e-6
+
+
 @pytest.mark.parametrize("sde", [VP(), EDM(), RectifiedFlow()], ids=lambda s: type(s).__name__)
 def test_annealed_corrector_is_the_rule_of_its_docstring(sde: GaussianSDE) -> None:
     """Its noise belongs to no interval, so that a path does not give it the step's own numbers."""
