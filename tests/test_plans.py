@@ -202,6 +202,7 @@ def test_trace_of_dpmpp_2m_has_the_coefficients_worked_out_by_hand() -> None:
         ("dpmpp_2m", (0.6, 1.0), "x0", {1: -0.4 / 0.6, 0: 1 / 0.6}),
         ("dpmpp_2m", (0.6, 0.0), "x0", {1: 1.0}),
         ("dpmpp_2m", (0.0, 0.6), "eps", {0: 0.4, 1: 0.6}),
+        ("ddim", (0.0, 0.6), "eps", {0: 0.4, 1: 0.6}),  # as x0 does not tell eps there
     ],
 )
 def test_a_jump_from_or_to_an_end_is_that_of_the_predicted_data_and_noise(
