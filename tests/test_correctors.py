@@ -14,13 +14,14 @@ from scoresolve.kernels.base import ChainState
 from scoresolve.models import as_model
 from scoresolve.noise import Philox, first_draw
 from scoresolve.plans import Linear, Run, trace
-from scoresolve.plans.stages import Draw
+from scoresolve.plans.stages import Call, Custom, Draw
 from scoresolve.sampling import grid_for, sample
 from scoresolve.sampling import plan as plan_for
 from scoresolve.sde import EDM, SDE, VP, GaussianSDE, Langevin, RectifiedFlow, TimeLike, as_time
 from scoresolve.solvers import (
     DDIM,
     AnnealedCorrector,
+    Corrector,
     EulerMaruyama,
     KernelCorrector,
     LangevinCorrector,
@@ -199,6 +200,29 @@ def test_kernel_corrector_scales_and_moves_its_step_as_its_docstring_says(
         torch.testing.assert_close(step, h, rtol=1e-12, atol=0.0)
         if wanted is not None:
             h = h * ((acceptance - wanted) / math.sqrt(move)).exp()
+
+
+def test_kernel_corrector_integrates_scores_of_degree_five_exactly_by_default() -> None:
+    """Three Gauss nodes are exact to degree 5, two to 3 only; more than three change nothing."""
+    sde, accepted = VP(), []
+    for options in ({}, {"nodes": 12}, {"nodes": 2}):
+        kernel = _Watched(0.3)
+        pc = PredictorCorrector(_Stay(), KernelCorrector(kernel, **options))
+        plan = trace(pc, sde, (0.6, 0.2), denoise=False)
+        plan.run(as_model(lambda y, t: -y - y**5, sde), normal(generator(3), 64, 1), Philox(7))
+        accepted.append(torch.cat(kernel.accepted))
+    default, many, few = accepted
+    torch.testing.assert_close(default, many, rtol=1e-9, atol=1e-12)
+    assert float((few - many).abs().max()) > 1e-6
+
+
+@pytest.mark.parametrize("corrector", [LangevinCorrector(), KernelCorrector(MALA(0.3))])
+def test_data_without_noise_are_not_corrected(corrector: Corrector) -> None:
+    """There is no score at sigma = 0. DDIM takes that step itself, where others jump."""
+    pc = PredictorCorrector(DDIM(), corrector, every=1)
+    plan = trace(pc, RectifiedFlow(), (0.6, 0.3, 0.0), denoise=False)
+    asked = [stage.t for stage in plan.stages if isinstance(stage, Call | Custom)]
+    assert asked == [0.6, 0.3, 0.3]  # the predictor, the corrector, the predictor
 
 
 @pytest.mark.parametrize("sde", [VP(), EDM(), RectifiedFlow()], ids=lambda s: type(s).__name__)

@@ -34,6 +34,7 @@ from scoresolve.digits import load_digits, load_network, to_unit
 from scoresolve.errors import ArgumentError, GridError, ModelWarning, ShapeError, Status
 from scoresolve.likelihood import Likelihood, log_likelihood, sample_with_log_prob
 from scoresolve.likelihood.nodes import allocate, lagrange_weights, place_nodes
+from scoresolve.likelihood.path import block_count
 from scoresolve.metrics import class_mixture
 from scoresolve.models import Model, NetworkModel, from_denoiser, scale_of_data
 from scoresolve.noise import Philox, Purpose
@@ -154,6 +155,15 @@ def test_probes_are_for_dimensions_where_they_save_something() -> None:
             assert rms(found.log_prob - truth) < rms(probed.log_prob - truth) / 4
             assert float(found.cost.mean()) < 220
     assert most == 9  # 20 nodes at the default cost
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 9, 11, 12, 64])
+def test_blocks_are_no_more_than_give_the_error_64_products_of_signs(size: int) -> None:
+    pairs, rows = size * (size - 1) // 2, 40
+    blocks = block_count(size, rows)
+    assert blocks == rows or blocks * pairs >= 64
+    assert blocks == 1 or (blocks - 1) * pairs < 64
+    assert block_count(size, 1) == 1
 
 
 def test_more_cost_buys_accuracy() -> None:

@@ -65,6 +65,16 @@ def test_transition_solves_the_equations_of_mean_and_covariance(
         np.testing.assert_allclose(found.numpy(), exact, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("sde", [CLD, THREE])
+def test_kernel_holds_what_is_left_of_the_start_of_the_other_parts(sde: LinearSDE) -> None:
+    t = 0.2 * sde.T
+    phi, q = by_ode(sde, t)
+    exact = phi @ np.diag(sde.start_std.numpy() ** 2) @ phi.T + q
+    share, covariance = sde.kernel(t)
+    np.testing.assert_allclose(share.numpy(), phi[:, 0], rtol=1e-9)
+    np.testing.assert_allclose(covariance.numpy(), exact, rtol=1e-9)
+
+
 @given(
     st.floats(0, 1),
     st.floats(0, 1),

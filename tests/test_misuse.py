@@ -300,6 +300,29 @@ def test_a_process_that_does_not_keep_its_word_is_refused(case: str) -> None:
         check_process(sde, torch.ones(4, 3))
 
 
+def test_a_process_with_right_closed_forms_is_taken() -> None:
+    """alpha = 1 - t and sigma = t, so that f = -1/alpha, g^2 = 2 t/alpha and lam = log(alpha/t)."""
+    methods = {
+        "T": 0.99,
+        "alpha": lambda s, t: 1 - t,
+        "sigma": lambda s, t: t.clone(),
+        "log_alpha": lambda s, t: torch.log1p(-t),
+        "log_sigma": lambda s, t: t.log(),
+        "alpha_dot": lambda s, t: -torch.ones_like(t),
+        "sigma_dot": lambda s, t: torch.ones_like(t),
+        "log_snr": lambda s, t: 2 * ((1 - t) / t).log(),
+        "time_from_log_snr": lambda s, v: torch.sigmoid(-v / 2),
+        "drift_rate": lambda s, t: -1 / (1 - t),
+        "diffusion": lambda s, t: (2 * t / (1 - t)).sqrt(),
+    }
+    sde = variant(Own, **methods)
+    check_process(sde, torch.ones(4, 3))
+    for name in [name for name in methods if name not in ("T", "alpha", "sigma")]:
+        off = variant(type(sde), **{name: lambda s, t, name=name: 1.01 * methods[name](s, t)})
+        with pytest.raises(ArgumentError, match=f"{name} gives .* mend the formula"):
+            check_process(off, torch.ones(4, 3))
+
+
 def test_a_process_of_ones_own_is_asked_once() -> None:
     asked = []
     sde = variant(Plain, diffusion=lambda s, t: asked.append(1) or torch.ones_like(t))

@@ -194,6 +194,30 @@ def test_trace_of_dpmpp_2m_has_the_coefficients_worked_out_by_hand() -> None:
     assert plan.denoised and plan.nfe == 4 and plan.steps == 3 and plan.output == 7
 
 
+@pytest.mark.parametrize(
+    ("name", "ends", "prediction", "terms"),
+    [
+        ("dpmpp_2m", (1.0, 0.6), "x0", {1: 0.4, 0: 0.6}),
+        ("ddpm", (1.0, 0.6), "x0", {1: 0.4, 2: 0.6}),
+        ("dpmpp_2m", (0.6, 1.0), "x0", {1: -0.4 / 0.6, 0: 1 / 0.6}),
+        ("dpmpp_2m", (0.6, 0.0), "x0", {1: 1.0}),
+        ("dpmpp_2m", (0.0, 0.6), "eps", {0: 0.4, 1: 0.6}),
+        ("ddim", (0.0, 0.6), "eps", {0: 0.4, 1: 0.6}),  # as x0 does not tell eps there
+    ],
+)
+def test_a_jump_from_or_to_an_end_is_that_of_the_predicted_data_and_noise(
+    name: str, ends: tuple[float, float], prediction: str, terms: dict[int, float]
+) -> None:
+    """x_s = (1 - s) x0 + s eps with x = (1 - t) x0 + t eps, or fresh noise for eps; where
+    register 0 is x, register 1 the prediction and register 2 the noise."""
+    plan = trace(get_solver(name), RectifiedFlow(), ends, denoise=False)  # type: ignore[arg-type]
+    call, *rest = plan.stages
+    assert isinstance(call, Call) and call.prediction == prediction and plan.nfe == 1
+    made = {stage.out: dict(stage.terms) for stage in rest if isinstance(stage, Combine)}
+    found = made.get(plan.output, {plan.output: 1.0})
+    assert {register: c for register, c in found.items() if c != 0} == pytest.approx(terms)
+
+
 def test_trace_of_ddpm_draws_one_noise_a_step_over_its_interval() -> None:
     plan = plan_of("ddpm", 4)
     draws = [stage for stage in plan.stages if isinstance(stage, Draw)]
@@ -593,22 +617,35 @@ def test_noise_that_its_source_keeps_stays() -> None:
         assert source.kept and all(torch.equal(z, was) for z, was in source.kept)
 
 
+def peak(name: str, steps: int) -> int:
+    """The most states and outputs that are alive as the network returns."""
+    plan, seen, most = plan_of(name, steps), list[weakref.ref[Tensor]](), 0
+
+    def net(x: Tensor, t: Tensor) -> Tensor:
+        nonlocal most
+        m = wave(x, t)
+        seen.extend((weakref.ref(x), weakref.ref(m)))
+        most = max(most, len({id(y) for ref in seen if (y := ref()) is not None}))
+        return m
+
+    plan.run(NetworkModel(net, PLANE, native(plan)), start(), Philox(0))
+    return most
+
+
 @every_solver
 def test_live_tensors_do_not_grow_with_the_steps(name: str) -> None:
-    def peak(steps: int) -> int:
-        plan, seen, most = plan_of(name, steps), list[weakref.ref[Tensor]](), 0
+    most = 13 if name == "auto" else 8  # auto remembers five steps
+    assert peak(name, 28) == peak(name, 56) <= most
 
-        def net(x: Tensor, t: Tensor) -> Tensor:
-            nonlocal most
-            m = wave(x, t)
-            seen.extend((weakref.ref(x), weakref.ref(m)))
-            most = max(most, len({id(y) for ref in seen if (y := ref()) is not None}))
-            return m
 
-        plan.run(NetworkModel(net, PLANE, native(plan)), start(), Philox(0))
-        return most
-
-    assert peak(28) == peak(56) <= (13 if name == "auto" else 8)  # auto remembers five steps
+@pytest.mark.parametrize(
+    ("name", "remembered"),
+    [("euler", 0), ("ddim", 0), ("ddpm", 0), ("dpmpp_2m", 1), ("ab2_v", 1), ("ab4_v", 3)],
+)
+def test_nothing_is_alive_but_the_state_its_output_and_what_a_step_remembers(
+    name: str, remembered: int
+) -> None:
+    assert peak(name, 28) == 2 + remembered
 
 
 # --- gradients -----------------------------------------------------------------------------------
