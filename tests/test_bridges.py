@@ -6,16 +6,19 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 import scoresolve as ss
 from scoresolve.errors import ArgumentError, ShapeError, Status, UnknownNameError
 from scoresolve.noise import BrownianPath, CallableNoise, GeneratorNoise, Philox, Purpose
+from scoresolve.sde.base import widest
 from scoresolve.solvers.bridges import StepNoise, TorchDiffEq, TorchSDE
 
 ADAPTIVE, FIXED = list(TorchDiffEq.ADAPTIVE), list(TorchDiffEq.FIXED)
@@ -325,6 +328,37 @@ def test_torchsde_follows_the_law_of_langevin_dynamics() -> None:
     assert abs(found.x.mean().item() - 0.4) <= 4.5 * math.sqrt(1.09 / n)
     fourth = ((mixture.sample(10 * n, seed=3) - 0.4) ** 2).var().item()
     assert abs(found.x.var().item() - 1.09) <= 4.5 * math.sqrt(fourth / n) + 0.02
+
+
+class _Float64OnTheDevice(TorchFunctionMode):
+    """Notes what is made in float64 for a device that is a state's, a `torch.device`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        told = [*args, *(kwargs or {}).values()]
+        if isinstance(out, Tensor) and out.dtype is torch.float64:
+            self.seen += [str(func) for part in told if isinstance(part, torch.device)]
+        return out
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["adams", "dopri5", "torchdiffeq_dopri5", "torchdiffeq_rk4", "torchsde_srk"],
+)
+def test_a_device_without_float64_is_asked_for_none(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for room in ("bridges", "adaptive.loop", "adaptive.drift"):
+        monkeypatch.setattr(f"scoresolve.solvers.{room}.widest", lambda device: torch.float32)
+    assert widest(torch.device("mps")) is torch.float32
+    sde, x = ss.EDM(), 80 * state(3, 2).float()
+    with _Float64OnTheDevice() as mode:
+        found = ss.sample(lambda x, t: -x / (1 + column(t, x) ** 2), sde, x=x, solver=name)
+    assert bool(found.ok.all()) and not mode.seen
 
 
 def test_torchsde_refuses_an_end_without_noise_before_any_call() -> None:

@@ -24,7 +24,7 @@ from torchsde import sdeint
 
 from scoresolve.errors import ArgumentError, Status, known_name, row_status
 from scoresolve.noise import NoiseSource, Purpose
-from scoresolve.sde.base import expand, host
+from scoresolve.sde.base import expand, host, widest
 from scoresolve.solvers.adaptive import BoundedDrift, CallLimit, check_velocity, unmoved
 from scoresolve.solvers.adaptive.coordinates import Coordinates, LogSNR, Time
 from scoresolve.solvers.adaptive.rows import Numbers, lift
@@ -121,7 +121,7 @@ class TorchDiffEq(Integrator):
         while rows.numel():
             run, start = _Run(field, trail, rows), trail.x[rows]
             times = torch.tensor(
-                (trail.t[int(rows[0])], t_end), dtype=field.state_dtype, device=x.device
+                (trail.t[int(rows[0])], t_end), dtype=widest(x.device), device=x.device
             )
             try:
                 run.begin(times[0], start)
@@ -153,7 +153,7 @@ class TorchDiffEq(Integrator):
 
     def _options(self, times: Tensor) -> dict[str, object]:
         if self.steps is None:
-            return {"max_num_steps": self.max_steps, "step_t": times[1:]}
+            return {"max_num_steps": self.max_steps, "step_t": times[1:], "dtype": times.dtype}
         grid = torch.linspace(
             times[0], times[1], self.steps + 1, dtype=times.dtype, device=times.device
         )
@@ -362,7 +362,7 @@ class _Trail:
         rejected = self.attempted - self.accepted if adaptive else torch.zeros_like(self.all)
         return Solution(
             way.state(self.x, self.t).to(x.dtype),
-            torch.from_numpy(way.time(self.t)).to(x.device),
+            torch.from_numpy(way.time(self.t)).to(x.device, widest(x.device)),
             status,
             way.drift.calls,
             self.accepted,
