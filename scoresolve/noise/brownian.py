@@ -187,8 +187,12 @@ class BrownianPath(NoiseSource):
 
     def _times(self, t: float | Tensor, like: Tensor) -> Tensor:
         """Times of the path, [1] or [B]."""
-        wide = {"dtype": torch.float64, "device": t.device if isinstance(t, Tensor) else "cpu"}
-        time = torch.as_tensor(t, **wide).detach()  # type: ignore[arg-type]
+        # On the host, as not every device has float64.
+        time = (
+            t.detach().cpu()
+            if isinstance(t, Tensor)
+            else torch.tensor(t, dtype=torch.float64, device="cpu")
+        ).to(torch.float64)
         if time.shape not in ((), (like.shape[0],)):
             raise ShapeError(
                 f"times of shape {tuple(time.shape)} for x of shape {tuple(like.shape)}: "

@@ -148,7 +148,9 @@ def normals(first: Tensor, second: Tensor, out: Tensor) -> None:
 
 
 def uniforms(first: Tensor, second: Tensor, out: Tensor) -> None:
-    words = _words(first, second, out).to(torch.float64)
+    words = _words(first, second, out)
+    # MPS has no float64; on the host the numbers are the same.
+    words = (words.cpu() if out.device.type == "mps" else words).to(torch.float64)
     out.copy_(open_interval(words.mul_(2.0**-32).add_(0.5 + 2.0**-33), out))
 
 

@@ -31,6 +31,7 @@ __all__ = [
     "check_interval",
     "expand",
     "host",
+    "widest",
 ]
 
 TimeLike = float | Tensor
@@ -40,8 +41,13 @@ Score = Callable[..., Tensor]
 def host(values: object) -> Tensor:
     """Numbers as a float64 tensor on the host, whatever torch's default device and dtype are."""
     if isinstance(values, Tensor):
-        values = values.detach().double().cpu().numpy()
+        values = values.detach().cpu().double().numpy()  # in this order: see `widest`
     return torch.from_numpy(np.array(values, dtype=np.float64))
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """The dtype for times on `device`: float64, or float32 on MPS, which has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def as_time(t: TimeLike, like: Tensor | None = None) -> Tensor:
@@ -59,7 +65,7 @@ def as_time(t: TimeLike, like: Tensor | None = None) -> Tensor:
             return t
         if t.is_complex() or t.dtype is torch.bool:
             raise ArgumentError(f"the time is {t.dtype}: give real numbers")
-        return t.to(torch.float32 if t.device.type == "mps" else torch.float64)
+        return t.to(widest(t.device))
     try:
         if isinstance(t, str | bytes | bool):
             raise TypeError

@@ -28,7 +28,7 @@ class Solution:
 
     Attributes:
         x: final state, [B, *event]; a failed row holds the last state that was accepted.
-        t: the time each row reached, [B] float64.
+        t: the time each row reached, [B] float64, on MPS float32.
         status: one `Status` per row, [B] int64.
         nfe: calls of the drift (each for a whole batch).
         accepted: accepted steps per row, [B] int64.

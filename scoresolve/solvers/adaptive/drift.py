@@ -12,7 +12,7 @@ from torch import Tensor
 
 from scoresolve.errors import ArgumentError, ModelWarning, check_output, row_status
 from scoresolve.plans import check_state
-from scoresolve.sde.base import TimeLike, host
+from scoresolve.sde.base import TimeLike, host, widest
 from scoresolve.solvers.adaptive.rows import Numbers
 from scoresolve.solvers.integrator import Solution
 
@@ -148,7 +148,7 @@ def unmoved(x: Tensor, t: float, saved: int = 0, dense: bool = False) -> Solutio
         dense: whether the path is wanted.
     """
     status = row_status(x)
-    times = torch.full(status.shape, t, dtype=torch.float64, device=x.device)
+    times = torch.full(status.shape, t, dtype=widest(x.device), device=x.device)
     steps = torch.zeros_like(status)
     return Solution(
         x.clone(),

@@ -32,6 +32,7 @@ from scoresolve.errors import (
     whole_number,
 )
 from scoresolve.noise import NoiseSource
+from scoresolve.sde.base import widest
 from scoresolve.solvers.adaptive.coordinates import COORDINATES, Coordinates, coordinates_for
 from scoresolve.solvers.adaptive.drift import BoundedDrift, CallLimit, unmoved
 from scoresolve.solvers.adaptive.path import Event, Path, Record
@@ -288,8 +289,9 @@ class Adaptive(Integrator):
                 break
         last = Rows.join(ended)
         last = last.take(last.place.argsort())
-        host = (way.time(last.u), last.status, last.accepted, last.rejected)
-        t, status, accepted, rejected = (torch.from_numpy(part).to(x.device) for part in host)
+        t = torch.from_numpy(way.time(last.u)).to(x.device, widest(x.device))
+        host = (last.status, last.accepted, last.rejected)
+        status, accepted, rejected = (torch.from_numpy(part).to(x.device) for part in host)
         return Solution(
             way.state(last.y, last.u).to(x.dtype),
             t,

@@ -165,7 +165,7 @@ def row_norm(error: Tensor) -> Numbers:
     size = len(squares)
     while len(squares) > _FEW:
         squares = _pairs(squares)
-    squares = np.ascontiguousarray(squares.cpu().double().numpy())
+    squares = np.ascontiguousarray(squares.cpu().numpy().astype(np.float64))
     while len(squares) > 1:
         squares = _pairs(squares)
     norms: Numbers = np.sqrt(squares[0] / size).reshape(error.shape[:2])
