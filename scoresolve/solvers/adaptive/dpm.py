@@ -28,7 +28,10 @@ class AdaptiveDPMSolver(Adaptive):
 
     Args:
         rtol, atol: as in `Adaptive`; 0.05 and 0.0078 are the published ones.
-        order: 2 or 3.
+        order: 2 or 3; a step is at most half an e-fold of k with 2, a whole one with 3. Both
+            solutions of a pair are right where eps does not change, so that the first steps call
+            for leaps over all that follows: with the published tolerances alone DPM-Solver-23
+            made the variance of N(0.7, 0.5^2) 14 times too large.
         **options: as in `Adaptive`; the coordinates are "log_snr".
 
     Raises:
@@ -47,6 +50,7 @@ class AdaptiveDPMSolver(Adaptive):
     ) -> None:
         super().__init__(rtol, atol, **options)
         self.order = float(whole_number("order", order, 2, 3))
+        self.longest = 0.5 if order == 2 else 1.0
         self.name = f"dpm_solver_{order - 1}{order}"
 
     def trial(self, way: Coordinates, rows: Rows, u: Numbers, h: Numbers) -> Trial:
