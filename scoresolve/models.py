@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from scoresolve.errors import (
     ArgumentError,
@@ -277,6 +278,7 @@ class NetworkModel(Model):
         self.time_dtype = time_dtype
         self.data_scale = getattr(net, "data_scale", None)
         self._writes: bool | None = None  # into its arguments; None before the first call
+        self._writes_cond = False
 
     def native(self, x: Tensor, t: TimeLike, **cond: Any) -> Tensor:
         """The network's own prediction at `x` [B, *event] and `t` [] or [B], in `x`'s dtype.
@@ -295,7 +297,7 @@ class NetworkModel(Model):
         return result
 
     def asked(self, x: Tensor, t: TimeLike, **cond: Any) -> Any:
-        """What the network returns; whatever it does to its arguments, `x` and `t` stay the same.
+        """What the network returns; whatever it does to its arguments, they stay the same.
 
         Of an object that is no tensor, the prediction that it holds as its `.sample`.
 
@@ -315,7 +317,8 @@ class NetworkModel(Model):
             if self._writes is False:
                 if x.is_inference():
                     return _prediction(self.net(x, t, **cond))
-                watched = [a for a in (x, t) if isinstance(a, Tensor) and not a.is_inference()]
+                arguments = (x, t, *tree_leaves(cond)) if cond else (x, t)
+                watched = [a for a in arguments if isinstance(a, Tensor) and not a.is_inference()]
                 seen = [each._version for each in watched]
                 out: Any = self.net(x, t, **cond)
                 if seen != [each._version for each in watched]:
@@ -338,22 +341,29 @@ class NetworkModel(Model):
             raise
 
     def _asked_with_copies(self, x: Tensor, t: TimeLike, cond: dict[str, Any]) -> Any:
-        given, time = x.clone(), t.clone() if isinstance(t, Tensor) else t
-        tensors = [copied for copied in (given, time) if isinstance(copied, Tensor)]
-        tracked = not any(copied.is_inference() for copied in tensors)
-        seen = [copied._version for copied in tensors] if tracked else []
-        out = self.net(given, time, **cond)
-        if self._writes is None:
-            self._writes = tracked and seen != [copied._version for copied in tensors]
-            # .data, NumPy and inference mode leave the version as it is
-            self._writes |= not _same(given, x) or not _same(time, t)
-            if self._writes:
-                warnings.warn(
-                    "the network writes into its input in place, as nn.ReLU(inplace=True) does as "
-                    "a first layer: every call is given a copy",
-                    ModelWarning,
-                    stacklevel=2,
-                )
+        first = self._writes is None
+        given, time = x.clone(), _copy(t)
+        told = tree_map(_copy, cond) if cond and (first or self._writes_cond) else cond
+        if not first:
+            return self.net(given, time, **told)
+        before, after = ([*tree_leaves(c)] for c in (cond, told))
+        seen = [_version(copied) for copied in (given, time, *after)]
+        out = self.net(given, time, **told)
+        # .data, NumPy and inference mode leave the version as it is
+        wrote = [
+            _version(copied) != version or not _same(copied, kept)
+            for copied, kept, version in zip(
+                (given, time, *after), (x, t, *before), seen, strict=True
+            )
+        ]
+        self._writes, self._writes_cond = any(wrote), any(wrote[2:])
+        if self._writes:
+            warnings.warn(
+                "the network writes into its input in place, as nn.ReLU(inplace=True) does as "
+                "a first layer: every call is given a copy",
+                ModelWarning,
+                stacklevel=2,
+            )
         return out
 
     def bind(self, prediction: str) -> tuple[str, Callable[..., Tensor]]:
@@ -377,6 +387,15 @@ class NetworkModel(Model):
 def _prediction(out: Any) -> Any:
     """The tensor in what a network returns, as diffusers' outputs hold it."""
     return out if isinstance(out, Tensor) else getattr(out, "sample", out)
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _version(value: object) -> int:
+    """How often a tensor was written to, where that is counted."""
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
 
 
 def _same(a: object, b: object) -> bool:

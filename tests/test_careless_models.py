@@ -53,6 +53,25 @@ def test_a_network_that_writes_into_its_input_spoils_nothing(verb: str) -> None:
     assert torch.equal(x, kept)
 
 
+@pytest.mark.parametrize("solver", ["auto", "ddpm", "dopri5"])
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_a_network_that_writes_into_its_condition_spoils_nothing(
+    solver: str, chunk: int | None
+) -> None:
+    def net(x: Tensor, t: Tensor, y: dict[str, Any], write: bool = True) -> Tensor:
+        scale = y["scale"].mul_(0.5) if write else y["scale"] * 0.5
+        return -x / (1 + scale[:, None] ** 2)
+
+    x = normal(generator(0), 5, 2)
+    y = {"scale": torch.linspace(0.5, 2, 5, dtype=x.dtype), "name": "kept"}
+    kept, given = y["scale"].clone(), ss.per_sample(y["scale"])
+    cond = {"y": {"scale": given, "name": "kept"}, "solver": solver, "chunk": chunk}
+    with pytest.warns(ModelWarning, match="writes into its input"):
+        found = ss.sample(net, SDE, x=x, **cond).x
+    assert torch.equal(y["scale"], kept)
+    torch.testing.assert_close(found, ss.sample(net, SDE, x=x, write=False, **cond).x)
+
+
 def test_one_warning_tells_of_writes_and_a_late_one_is_refused() -> None:
     x = normal(generator(0), 5, 2).float()
     with pytest.warns(ModelWarning, match="writes into its input in place") as seen:

@@ -361,7 +361,9 @@ def test_conditions_reach_the_network(adapter: str) -> None:
     native(x, 0.5, label=label)
     assert prediction in PREDICTIONS
     assert [set(cond) for cond in seen] == [{"label", "scale"}, {"label"}]
-    assert seen[0]["label"] is label and seen[0]["scale"] == 2.0
+    first = seen[0]["label"]  # a copy, to see whether the network writes into it
+    assert isinstance(first, Tensor) and torch.equal(first, label) and seen[0]["scale"] == 2.0
+    assert seen[1]["label"] is label
 
 
 @pytest.mark.parametrize("adapter", [name for name in ADAPTERS if name != "energy"])
