@@ -63,6 +63,18 @@ _OTHER_NAMES: Final = {
     "num_steps": "steps",
     "num_inference_steps": "steps",
     "batch_size": "shape",
+    "sampler": "solver",
+    "method": "solver",
+    "schedule": "grid",
+    "scheduler": "grid",
+    "timesteps": "grid",
+    "sigmas": "grid",
+    "generator": "seed",
+    "random_state": "seed",
+    "chunk_size": "chunk",
+    "x_T": "x",
+    "burn_in": "warmup",
+    "thinning": "thin",
 }
 """Names that others have for arguments of the verbs, too unlike to be found by likeness."""
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from scoresolve.conditions import settled, split_cond
-from scoresolve.driving import failure, in_chunks, rejoined, warn_of_dropout
+from scoresolve.driving import check_call, failure, in_chunks, rejoined, warn_of_dropout
 from scoresolve.errors import ArgumentError, Status, check_output, whole_number, yes_or_no
 from scoresolve.kernels import (
     ChainNoise,
@@ -134,6 +134,8 @@ def run_chains(
     >>> chains.samples.shape, chains.nfe
     (torch.Size([50, 100, 2]), 101)
     """
+    if cond:
+        check_call(score, cond, run_chains)
     check_chains(x)
     chosen = get_kernel(kernel, step_size)
     steps = whole_number("steps", steps, most=MOST_STEPS)

@@ -75,6 +75,8 @@ _MOST_ELEMENTS = 2**48  # more than any machine's memory holds, and less than ov
 
 _HIDDEN = 0.01  # signal-to-noise ratio below which data of unit variance move no std by 0.5 %
 
+_OF_SAMPLE_ALONE = ("seed", "noise", "shape", "dtype", "device", "denoise")
+
 Times = Grid | Sequence[float] | Tensor
 
 
@@ -379,6 +381,9 @@ def encode(
     check_process(sde)
     _check_times(t_start, t_end)
     check_transforms("encode", mapped=isinstance(resolved, Solver))
+    foreign = [name for name in _OF_SAMPLE_ALONE if name in cond]
+    if foreign:
+        raise ArgumentError(f"encode has no {foreign[0]}=: it draws nothing and ends at t_end")
     if grid is None or isinstance(grid, str):
         if grid in INTEGER_GRIDS and (t_start is not None or t_end is not None):
             raise GridError(

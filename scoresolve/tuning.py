@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from scoresolve.conditions import may_differ, unmarked
-from scoresolve.driving import device_of
+from scoresolve.driving import check_call, device_of
 from scoresolve.errors import (
     ArgumentError,
     ModelWarning,
@@ -104,6 +104,8 @@ def measure_scale(
             from a model that is wrong at those levels.
         ShapeError: an event of no elements.
     """
+    if cond:
+        check_call(score, cond, measure_scale)
     held = unmarked(cond)
     return _scale(_ask(score, sde, event, LEVELS, pairs, seed, dtype, device, held))
 

@@ -6,6 +6,7 @@ Densities of mixtures are known; the errors that the budget claims must cover th
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from strategies import generator, normal
 from torch import Tensor
 
 import scoresolve as ss
+from scoresolve.errors import ModelWarning
 from scoresolve.likelihood import Likelihood, log_likelihood, sample_with_log_prob
 from scoresolve.sde import EDM, VE, VP, CosineVP, GaussianSDE, RectifiedFlow, SubVP
 from scoresolve.targets import GaussianMixture, gaussian, random_mixture
@@ -207,3 +209,23 @@ def test_an_error_of_the_model_passes_the_measurement() -> None:
     ):
         with pytest.raises(ss.errors.ArgumentError, match="own complaint"):
             verb()
+
+
+@pytest.mark.parametrize(
+    ("sde", "early", "late"), [(VP(), 0.01, 0.3), (EDM(), 0.05, 0.8)], ids=repr
+)
+def test_a_late_time_of_data_is_told_and_a_named_solver_gives_its_density(
+    sde: GaussianSDE, early: float, late: float
+) -> None:
+    target = gaussian([0.7] * 4, 0.25)
+    model, law = target.score_model(sde), target.marginal(sde, late)
+    x = law.sample(32)
+    with pytest.warns(ModelWarning, match=f"t_start = {late:g} is no time of data without noise"):
+        log_likelihood(model, sde, x, t_start=late)
+    with pytest.warns(ModelWarning, match=f"t_end = {late:g} is no time of data without noise"):
+        sample_with_log_prob(model, sde, (32, 4), dtype=torch.float64, t_end=late)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        log_likelihood(model, sde, target.sample(32), t_start=early)
+        found = log_likelihood(model, sde, x, t_start=late, solver="dopri5")
+    assert float((found.log_prob - law.log_prob(x)).abs().max()) < 0.05

@@ -20,6 +20,7 @@ import scoresolve as ss
 from scoresolve.errors import (
     ArgumentError,
     GridError,
+    ModelWarning,
     ScoresolveError,
     ShapeError,
     SolveError,
@@ -672,3 +673,22 @@ def test_names_that_others_have_for_arguments_are_told() -> None:
             ss.sample(greedy, VP(), shape=(2, 2), solver="ddim", nfe=4, **{name: 0.1})  # type: ignore[arg-type]
         with pytest.raises(ArgumentError, match=f"did you mean {own}="):
             ss.sample(plain, VP(), shape=(2, 2), solver="ddim", nfe=4, **{name: 0.1})  # type: ignore[arg-type]
+
+
+def test_names_that_no_verb_has_are_told_by_every_verb_that_hands_them_on() -> None:
+    def net(x: Tensor, t: Tensor, **kwargs: object) -> Tensor:
+        return -x
+
+    sde, x = ss.VP(), torch.randn(8, 2, generator=torch.Generator().manual_seed(0))
+    calls: list[tuple[str, Callable[[], object]]] = [
+        ("steps= for step", lambda: ss.differentiable_sample(net, sde, x, solver="ddim", step=5)),
+        ("pairs= for pair", lambda: ss.measure_scale(net, sde, (2,), pair=5)),
+        ("warmup= for burn_in", lambda: ss.run_chains(net, x=x, steps=2, t=0.1, burn_in=5)),
+        ("solver= for sampler", lambda: ss.sample(net, sde, x=x, nfe=5, sampler="ddim")),
+        ("levels= for level", lambda: ss.check_model(net, sde, x, level=5)),
+    ]
+    for hint, call in calls:
+        with pytest.warns(ModelWarning, match=f"did you mean {hint}"):
+            call()
+    with pytest.raises(ArgumentError, match="encode has no seed="):
+        ss.encode(net, sde, x, seed=3)

@@ -22,7 +22,7 @@ from scoresolve.divergence import (
     full_precision,
     velocity_parts,
 )
-from scoresolve.driving import warn_of_dropout
+from scoresolve.driving import check_call, warn_of_dropout
 from scoresolve.errors import GridError, check_output, whole_number
 from scoresolve.gradients.path import Path
 from scoresolve.grid import Grid, as_grid, make_grid
@@ -102,6 +102,8 @@ def differentiable_log_likelihood(
         raise GridError("the times fall: a likelihood follows data to noise, give increasing times")
     count = None if probes is None else whole_number("probes", probes, 1, MOST_PROBES)
     warn_of_dropout(score)
+    if cond:
+        check_call(score, cond, differentiable_log_likelihood)
     flow = _DensityFlow(as_model(score, sde), sde, x, count, Philox(seed), unmarked(cond))
     solver = get_solver("rk4_flow")
     assert isinstance(solver, Solver)

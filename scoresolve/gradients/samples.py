@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from scoresolve.conditions import unmarked
-from scoresolve.driving import warn_of_dropout
+from scoresolve.driving import check_call, warn_of_dropout
 from scoresolve.errors import ArgumentError, whole_number
 from scoresolve.gradients.path import Path
 from scoresolve.grid import Grid, as_grid
@@ -74,6 +74,8 @@ def differentiable_sample(
     """
     check_state(x)
     model, resolved = as_model(score, sde), get_solver(solver)
+    if cond:
+        check_call(score, cond, differentiable_sample)
     if isinstance(resolved, Integrator):
         raise ArgumentError(
             f"{resolved.name!r} chooses its steps at run time: take a fixed-grid solver, or "

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from scoresolve.conditions import unmarked
+from scoresolve.driving import check_call
 from scoresolve.errors import ArgumentError, check_output, check_transforms, whole_number
 from scoresolve.models import PREDICTIONS, Model, NetworkModel, as_model, conversion
 from scoresolve.noise import Philox, Purpose
@@ -119,6 +120,8 @@ def check_model(
         raise ArgumentError(
             "the data are not finite, or are one point: there is nothing to denoise"
         )
+    if cond:
+        check_call(score, cond, check_model)
     model = as_model(score, sde)
     # in y = x/alpha and sigma/alpha all Gaussian processes are one, so a model is asked in its own
     if isinstance(score, Model) and isinstance(score.sde, GaussianSDE):

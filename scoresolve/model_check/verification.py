@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from scoresolve.conditions import split_cond
-from scoresolve.driving import warn_of_dropout
+from scoresolve.driving import check_call, warn_of_dropout
 from scoresolve.errors import (
     ArgumentError,
     ShapeError,
@@ -142,6 +142,8 @@ def verify_model(
     if not wanted:
         raise ArgumentError(f"quantities is empty: name some of {', '.join(QUANTITIES)}")
     _check(sde, data, law)
+    if cond:
+        check_call(score, cond, verify_model)
     model = as_model(score, sde)  # refuses what cannot serve this process
     # in y = x/alpha and sigma/alpha all Gaussian processes are one, so a model is asked in its own
     if isinstance(score, Model) and isinstance(score.sde, GaussianSDE):
