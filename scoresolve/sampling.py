@@ -56,6 +56,7 @@ from scoresolve.tuning import FirstAnswers, PriorMismatch, data_at_start, scale_
 __all__ = [
     "DEFAULT_NFE",
     "DEFAULT_SOLVER",
+    "HIDDEN",
     "checked_place",
     "checked_shape",
     "encode",
@@ -73,7 +74,7 @@ MOST_NFE = 10**6
 
 _MOST_ELEMENTS = 2**48  # more than any machine's memory holds, and less than overflows a size
 
-_HIDDEN = 0.01  # signal-to-noise ratio below which data of unit variance move no std by 0.5 %
+HIDDEN = 0.01  # signal-to-noise ratio below which data of unit variance move no std by 0.5 %
 
 _OF_SAMPLE_ALONE = ("seed", "noise", "shape", "dtype", "device", "denoise")
 
@@ -422,7 +423,7 @@ def _warn_of_signal(sde: SDE, t: float, mismatch: PriorMismatch | None) -> bool:
     if t == sde.T and mismatch is not None:
         shows = mismatch.matters
     else:
-        shows, mismatch = snr > _HIDDEN, None
+        shows, mismatch = snr > HIDDEN, None
     if shows:
         warn_of_law(sde, t, mismatch or f"alpha^2/sigma^2 = {snr:.2g}", stacklevel=4)
     return shows

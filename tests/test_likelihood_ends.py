@@ -229,3 +229,13 @@ def test_a_late_time_of_data_is_told_and_a_named_solver_gives_its_density(
         log_likelihood(model, sde, target.sample(32), t_start=early)
         found = log_likelihood(model, sde, x, t_start=late, solver="dopri5")
     assert float((found.log_prob - law.log_prob(x)).abs().max()) < 0.05
+
+
+@pytest.mark.parametrize("solver", ["auto", "dopri5"])
+def test_a_way_that_ends_where_data_show_is_told(solver: str) -> None:
+    model, x = gaussian([0.7] * 4, 0.25).score_model(VE()), torch.zeros(4, 4)
+    with pytest.warns(ModelWarning, match=r"t_end = 0.5 .* still holds the data"):
+        log_likelihood(model, VE(), x, t_end=0.5, solver=solver)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        log_likelihood(model, VE(), x, t_end=VE().T, solver=solver)

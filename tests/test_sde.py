@@ -844,3 +844,18 @@ def test_equal_parameters_make_equal_hashable_processes(kind: str, data: st.Data
 def test_parameters_without_a_process_are_refused(make: Callable[[], object]) -> None:
     with pytest.raises(ArgumentError):
         make()
+
+
+@pytest.mark.parametrize("t", [0.4, torch.tensor(0.4, dtype=torch.float64)], ids=["float", "[]"])
+def test_drifts_hand_a_network_one_time_for_each_sample(t: float | torch.Tensor) -> None:
+    seen: list[torch.Size] = []
+
+    def net(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        seen.append(t.shape)
+        return -x * t[:, None]
+
+    x = torch.ones(3, 2, dtype=torch.float64)
+    for drift in (VP().reverse_drift, VP().probability_flow_drift):
+        each = torch.full((3,), 0.4, dtype=torch.float64)
+        torch.testing.assert_close(drift(x, t, net), drift(x, each, net))
+    assert set(seen) == {torch.Size([3])}

@@ -60,7 +60,7 @@ from scoresolve.likelihood.result import ErrorBudget, Likelihood
 from scoresolve.models import Model, as_model
 from scoresolve.noise import NoiseSource, Purpose, as_noise
 from scoresolve.plans import check_state
-from scoresolve.sampling import Times, checked_shape, warn_of_law
+from scoresolve.sampling import HIDDEN, Times, checked_shape, warn_of_law
 from scoresolve.sde import (
     SDE,
     VP,
@@ -226,6 +226,8 @@ def log_likelihood(
         task = task.settled(Given(data))
         result = task.solve(way, data, prior)
     _tell_of_late_data(result, "t_start", t_start, size)
+    if own and isinstance(sde, GaussianSDE) and t_end is not None:
+        _tell_of_early_noise(sde, t_end)
     result = replace(result, bin_width=dequantise)
     return _finish(result, raise_on_failure)
 
@@ -346,6 +348,18 @@ def _tell_of_late_data(result: Likelihood, name: str, t: float | None, size: int
             f"{name} = {t:g} is no time of data without noise, of which 'auto' gives the density: "
             f"it made up for {removed:.2g} nats for each element. For the density at {t:g} name "
             "a solver, such as 'dopri5'",
+            ModelWarning,
+            stacklevel=3,
+        )
+
+
+def _tell_of_early_noise(sde: GaussianSDE, t: float) -> None:
+    """Warn where the law at a given end of the way is not that of noise alone."""
+    snr = math.exp(float(sde.log_snr(t)))
+    if snr > HIDDEN:
+        warnings.warn(
+            f"the law at t_end = {t:g} is taken to be noise alone, but {sde} still holds the data "
+            f"there (alpha^2/sigma^2 = {snr:.2g}): leave out t_end=, or give the law as prior=",
             ModelWarning,
             stacklevel=3,
         )

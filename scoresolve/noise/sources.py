@@ -368,7 +368,7 @@ def group_size(like: Tensor) -> int:
 
 def _integer(name: str, value: int, bound: int) -> int:
     try:
-        number = operator.index(value)
+        number = -1 if isinstance(value, bool) else operator.index(value)
     except TypeError:
         number = -1
     if not 0 <= number < bound:

@@ -20,7 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scoresolve.errors import ArgumentError, ShapeError, check_output, real_number, short
+from scoresolve.errors import (
+    ArgumentError,
+    ShapeError,
+    check_output,
+    is_transformed,
+    real_number,
+    short,
+)
 
 __all__ = [
     "SDE",
@@ -190,7 +197,8 @@ class SDE(ABC):
         Args:
             x: state, [B, *event].
             t: time, [] or [B].
-            score: callable `score(x, t, **cond)` returning grad log p_t(x).
+            score: callable `score(x, t, **cond)` returning grad log p_t(x); a single `t` reaches
+                it as [B], as in `sample`.
             eta: noise level >= 0; 1 is Anderson's reverse SDE, 0 the probability flow.
             **cond: passed on to `score`.
 
@@ -206,7 +214,10 @@ class SDE(ABC):
             Song et al. 2021 (2011.13456), eq. 6 and 13; Zhang and Chen 2023 (2204.13902), eq. 6.
         """
         eta = real_number("eta", eta, least=0)
-        g, value = expand(self.diffusion(t), x, t), score(x, t, **cond)
+        times = as_time(t, x)
+        if not times.ndim and x.ndim and not is_transformed(x):
+            times = times.expand(len(x))
+        g, value = expand(self.diffusion(t), x, t), score(x, times, **cond)
         check_output(value, x)
         drift = self.drift(x, t)
         if drift.shape != x.shape:
