@@ -377,9 +377,10 @@ def test_careless_input_gets_a_sentence_before_the_first_call() -> None:
         ss.run_chains(score, x=torch.zeros(4096, 64), steps=2**30)  # 1 PiB
     with pytest.raises(ArgumentError, match="t ="):
         ss.run_chains(ss.targets.ring().score_model(sde), x=x, t=7.0)
-    for verb in (ss.run_chains, lambda f, **kw: ss.simulated_annealing(f, [1.0], **kw)):
-        with pytest.raises(ArgumentError, match="stepz"):
-            verb(score, x=x, stepz=3)
+    with pytest.raises(ArgumentError, match=r"stepz.*did you mean steps= for stepz="):
+        ss.run_chains(score, x=x, stepz=3)
+    with pytest.raises(ArgumentError, match="stepz would go to the score"):
+        ss.simulated_annealing(score, [1.0], x=x, stepz=3)
     with pytest.raises(ArgumentError, match="jitter"):
         HMC(jitter=1.0)
 

@@ -114,13 +114,11 @@ def test_a_good_predictor_is_corrected_seldom_and_starts_anew_after_it() -> None
         )
     # a step of dpmpp_2m_sde without memory is one of gddim
     pairs = [
-        PredictorCorrector(alone, LangevinCorrector(0.3), 1) for alone in map(get_solver, _SAME)
+        PredictorCorrector(alone, LangevinCorrector(0.3), 1)
+        for alone in map(get_solver, ("dpmpp_2m_sde", "gddim"))
     ]
     laws = [trace(pair, VP(), times).law(0.7, 0.25, "marginal") for pair in pairs]
     torch.testing.assert_close(laws[0].covariance, laws[1].covariance, rtol=1e-12, atol=0)
-
-
-_SAME = ("dpmpp_2m_sde", "gddim")
 
 
 def test_pc_runs_on_processes_that_have_drift_and_diffusion_alone() -> None:
