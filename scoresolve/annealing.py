@@ -49,12 +49,12 @@ from scoresolve.kernels.base import (
     chain_status,
     check_chains,
     checked_step,
-    host,
     without_gradients,
 )
 from scoresolve.kernels.target import Density, Evaluate, column
 from scoresolve.models import Model
 from scoresolve.noise import NoiseSource, as_noise
+from scoresolve.precision import doubled, host
 from scoresolve.sde import GaussianSDE
 
 __all__ = [
@@ -106,7 +106,7 @@ class ImportanceEstimate:
         standard_error: of `log_z`, to first order, from the spread of the weights.
         effective_size: (sum w)^2 / sum w^2, of at most B chains. Below some tens of it the
             error is not to be trusted either.
-        log_weights: [B] float64.
+        log_weights: [B] float64, on the host where the device of `x` has none.
         x: final states, [B, *event]; with their weights they stand for p.
         step_sizes: factors on the kernel's step size at every beta but the first, [N] float64.
         acceptance, status, nfe: as in `Annealed`.
@@ -351,8 +351,9 @@ def annealed_importance(
     assert log_weights is not None and out.acceptance is not None
     # where the density of p is 0 a chain has the weight 0, and is as good as any
     stuck = (out.status == Status.NONFINITE) & (row_status(out.x) == Status.OK)
-    status = torch.where(stuck & (log_weights == -math.inf), int(Status.OK), out.status)
-    good = log_weights[status == Status.OK]
+    none = (log_weights == -math.inf).to(stuck.device)
+    status = torch.where(stuck & none, int(Status.OK), out.status)
+    good = log_weights[(status == Status.OK).to(log_weights.device)]
     n = len(good)
     log_z = float(good.logsumexp(0)) - math.log(n) if n else math.nan
     relative = (good - log_z).exp()
@@ -479,7 +480,7 @@ class _Temperatures(_Levels):
             state = self.kernel.start(x, self.family.at(0.0), noise)
         f = state.point.tilt
         assert f is not None
-        gain = (beta - before) * f.double()
+        gain = (beta - before) * doubled(f)
         self.log_weights = gain if self.log_weights is None else self.log_weights + gain
         return member, state._replace(point=member.moved(state.point, before))
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from scoresolve.errors import ArgumentError, ScoresolveError, ShapeError
 from scoresolve.monte_carlo import Chains
-from scoresolve.sde import host
+from scoresolve.precision import host
 
 __all__ = ["Diagnostics", "diagnose"]
 
@@ -101,7 +101,7 @@ def diagnose(chains: Chains | Tensor) -> Diagnostics:
         good = good & chains.ok.to(good.device)
     if not bool(good.any()):
         raise ArgumentError("every chain has values that are not finite: there is no diagnosis")
-    values = flat[:, good].double().cpu().numpy()
+    values = host(flat[:, good]).numpy()
     axes = {"chain_axis": 1, "draw_axis": 0}
 
     def shaped(numbers: object) -> Tensor:

@@ -27,7 +27,8 @@ from torch.autograd import forward_ad
 from scoresolve.errors import ArgumentError, ShapeError, check_output, known_name
 from scoresolve.models import Model, NetworkModel, conversion
 from scoresolve.plans import check_state
-from scoresolve.sde import SDE, GaussianSDE, TimeLike, as_time, host
+from scoresolve.precision import host
+from scoresolve.sde import SDE, GaussianSDE, TimeLike, as_time
 
 __all__ = [
     "MODES",

@@ -35,7 +35,8 @@ from scoresolve.errors import (
 from scoresolve.models import Model, NetworkModel
 from scoresolve.noise import NoiseSource, Purpose
 from scoresolve.plans import Call, Mark, Plan, StepReport, check_state, model_time
-from scoresolve.sde import SDE, GaussianSDE, host
+from scoresolve.precision import host
+from scoresolve.sde import SDE, GaussianSDE
 from scoresolve.solvers import GaussianFlow, Integrator, Solution
 
 __all__ = [

@@ -34,6 +34,7 @@ from scoresolve.grid import Grid, as_grid
 from scoresolve.models import Model, as_model
 from scoresolve.noise import Philox, Purpose, as_noise
 from scoresolve.plans import check_state
+from scoresolve.precision import doubled
 from scoresolve.sampling import Times, checked_shape, grid_for, sample
 from scoresolve.sde import SDE, GaussianSDE, check_process
 from scoresolve.solvers import AdaptiveAdams, Integrator, Solver, get_solver
@@ -192,7 +193,7 @@ class _Runs:
         self.images, self.good = found.x, found.ok
         if 2 * int(found.ok.sum()) < len(x):
             raise failure(found, found.status)
-        self.signs = Philox(0).signs(x[:1], 0, Purpose.PROBE).flatten().double()
+        self.signs = doubled(Philox(0).signs(x[:1], 0, Purpose.PROBE).flatten())
         self.width = min(len(self.signs), _SKETCH)
         self.last = first, slice(0), np.zeros((0, 0))
 
@@ -211,7 +212,7 @@ class _Runs:
         if self.last[:2] == (grid, part):
             return self.last[2]
         y = self._run(part, solver=self.solver, grid=grid).x
-        miss = (y - self.images[part])[self.good[part]].flatten(1).double()
+        miss = doubled((y - self.images[part])[self.good[part]].flatten(1))
         size = miss.shape[1]
         miss = miss.nan_to_num(_LOST, _LOST, -_LOST).clamp(-_LOST, _LOST) / math.sqrt(size)
         if size > self.width:

@@ -33,7 +33,8 @@ from scoresolve.errors import (
     step_count,
     yes_or_no,
 )
-from scoresolve.sde import SDE, DiscreteVP, GaussianSDE, check_process, host
+from scoresolve.precision import host
+from scoresolve.sde import SDE, DiscreteVP, GaussianSDE, check_process
 
 __all__ = ["GRIDS", "INTEGER_GRIDS", "Grid", "as_grid", "make_grid"]
 

@@ -35,6 +35,7 @@ from scoresolve.errors import (
     short,
     yes_or_no,
 )
+from scoresolve.precision import host
 from scoresolve.sde import (
     EDM,
     SDE,
@@ -44,7 +45,6 @@ from scoresolve.sde import (
     TimeLike,
     as_time,
     expand,
-    host,
 )
 
 __all__ = [

@@ -35,7 +35,8 @@ from scoresolve.errors import (
 from scoresolve.models import Model, as_model, conversion, scale_of_data
 from scoresolve.noise import Philox, Purpose
 from scoresolve.plans import Call, Plan, model_time
-from scoresolve.sde import GaussianSDE, TimeLike, host
+from scoresolve.precision import host
+from scoresolve.sde import GaussianSDE, TimeLike
 from scoresolve.solvers.adaptive.drift import rounded_inside
 
 __all__ = [

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 import scoresolve as ss
 from scoresolve.errors import ArgumentError, ShapeError, Status, UnknownNameError
 from scoresolve.noise import BrownianPath, CallableNoise, GeneratorNoise, Philox, Purpose
-from scoresolve.sde.base import widest
+from scoresolve.precision import widest
 from scoresolve.solvers.bridges import StepNoise, TorchDiffEq, TorchSDE
 
 ADAPTIVE, FIXED = list(TorchDiffEq.ADAPTIVE), list(TorchDiffEq.FIXED)

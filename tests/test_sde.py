@@ -859,3 +859,11 @@ def test_drifts_hand_a_network_one_time_for_each_sample(t: float | torch.Tensor)
         each = torch.full((3,), 0.4, dtype=torch.float64)
         torch.testing.assert_close(drift(x, t, net), drift(x, each, net))
     assert set(seen) == {torch.Size([3])}
+
+
+@pytest.mark.parametrize("wrong", [None, "0.5", [None, 0.5], [0.1, "0.2"], object()])
+def test_a_time_that_is_no_number_is_refused(wrong: object) -> None:
+    """NumPy makes NaN of None and 0.5 of a text."""
+    for verb in (VP().alpha, EDM().sigma, RectifiedFlow().log_snr):
+        with pytest.raises(ArgumentError, match="the time is"):
+            verb(wrong)  # type: ignore[arg-type]

@@ -25,6 +25,7 @@ from scoresolve.errors import ArgumentError, GridError, whole_number
 from scoresolve.grid import Grid
 from scoresolve.models import Model
 from scoresolve.noise import NoiseSource, as_noise
+from scoresolve.precision import doubled
 from scoresolve.sde import GaussianSDE
 
 __all__ = ["TimeProposal", "continuous_bound", "fit_times"]
@@ -144,7 +145,7 @@ def continuous_bound(
             closed = run.dimension * (0.5 + math.log(ratio) + math.log(2 * math.pi) / 2)
             return torch.stack(found, 1), torch.full_like(found[0], closed)
         times = torch.full((len(x),), first, dtype=torch.float64, device="cpu")
-        seen = run.noised(times, z(count)).reshape(len(x), -1).double() / float(sde.alpha(first))
+        seen = doubled(run.noised(times, z(count)).reshape(len(x), -1)) / float(sde.alpha(first))
         logits = -(seen[..., None] - run.levels).square() / (2 * ratio**2)
         log_mass = logits.log_softmax(-1).gather(-1, run.place[..., None])
         return torch.stack(found, 1), -log_mass.sum((1, 2))
@@ -199,7 +200,7 @@ def fit_times(
         z, start = run.normals(draw, count), run.offset(draw)
         for j in range(count):
             t, weight = even.at(sde, (j + start) / count)
-            value = run.error(t, z(j)) * weight.to(x.device)
+            value = run.error(t, z(j)) * weight.to(run.x.device)
             square[j] += value.square().mean().cpu()
     density = square.sqrt()
     mass = density / density.sum() + 0.1 / count

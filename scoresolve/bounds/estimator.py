@@ -25,6 +25,7 @@ from scoresolve.errors import ArgumentError, ShapeError, check_output, whole_num
 from scoresolve.models import Model, as_model
 from scoresolve.noise import NoiseSource, Purpose
 from scoresolve.plans import check_state
+from scoresolve.precision import doubled
 from scoresolve.sde import GaussianSDE, expand
 
 __all__ = ["MOST", "Estimator", "Levels", "VariationalBound", "clock", "clock_time"]
@@ -101,9 +102,9 @@ class Estimator:
         self.draws = whole_number("draws", draws, 1, MOST)
         self.stratified = yes_or_no("stratified", stratified)
         self.noise, self.calls, self.dimension = noise, 0, math.prod(x.shape[1:])
-        self.x = x.reshape(len(x), -1).double()
+        self.x = doubled(x.reshape(len(x), -1))
         self.levels = (
-            None if levels is None else torch.as_tensor(levels, device=x.device).to(self.x)
+            None if levels is None else torch.as_tensor(levels, device=self.x.device).to(self.x)
         )
         if self.levels is not None:
             self.place = _places(self.x, self.levels)
@@ -152,7 +153,7 @@ class Estimator:
         dtype = torch.promote_types(x.dtype, torch.float32)
         x0 = self.model.predict("x0", x, t.to(x.device, dtype), **self.cond)
         check_output(x0, x)
-        return x0.reshape(len(x), -1).double()
+        return doubled(x0.reshape(len(x), -1))
 
     def error(self, t: Tensor, z: Tensor) -> Tensor:
         """|x - x0(x_t, t)|^2, [B] float64."""

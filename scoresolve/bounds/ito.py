@@ -31,6 +31,7 @@ from scoresolve.grid import Grid, as_grid, make_grid
 from scoresolve.models import Model, as_model
 from scoresolve.noise import NoiseSource, Purpose, as_noise
 from scoresolve.plans import check_state, model_time
+from scoresolve.precision import doubled
 from scoresolve.sde import GaussianSDE
 
 __all__ = ["PathEstimate", "ito_bound", "ito_log_density"]
@@ -208,16 +209,16 @@ def _along(
     """Log-densities [S + 1, B] of `states` at falling `times`."""
     at = torch.tensor(times, dtype=torch.float64, device="cpu")
     alpha, variance = sde.alpha(at), (-sde.log_snr(at)).exp()
-    flat = states.reshape(*states.shape[:2], -1).double()
+    flat = doubled(states.reshape(*states.shape[:2], -1))
     dimension = flat.shape[2]
     if log_prob is None:
         z = flat[0] / sde.prior_std
         constant = math.log(sde.prior_std) + math.log(2 * math.pi) / 2
         log_prob = -z.square().sum(1) / 2 - dimension * constant
-    values = [log_prob.double() + dimension * float(alpha[0].log())]
+    values = [doubled(log_prob) + dimension * float(alpha[0].log())]
     for i, t in enumerate(times[:-1]):
         score = model.predict("score", states[i], model_time(t, states[i]), **cond)
-        slope = float(alpha[i]) * score.reshape(flat[i].shape).double()
+        slope = float(alpha[i]) * doubled(score.reshape(flat[i].shape))
         step = flat[i + 1] / float(alpha[i + 1]) - flat[i] / float(alpha[i])
         fall = float(variance[i] - variance[i + 1])
         values.append(values[-1] + (slope * step).sum(1) - fall / 2 * slope.square().sum(1))

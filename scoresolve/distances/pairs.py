@@ -16,6 +16,7 @@ from torch import Tensor
 
 from scoresolve.errors import ArgumentError, ScoresolveError, ShapeError, whole_number
 from scoresolve.noise import Philox, Purpose
+from scoresolve.precision import widest
 
 __all__ = ["LEAST", "Pair", "Unavailable", "at_rows", "pair"]
 
@@ -33,6 +34,8 @@ class Unavailable(ScoresolveError):
 class Pair:
     """Samples and reference of one dtype on one device, flattened; made by `pair`.
 
+    They lie where the samples do, or on the host if float64 is not to be had there.
+
     Attributes:
         x: samples, [N, D].
         y: reference, [M, D].
@@ -41,6 +44,7 @@ class Pair:
         event: shape of one sample.
         target: what draws exact samples, or None.
         score_function: grad log p at [B, *event], or None.
+        device: where the samples were given, and the score is asked.
     """
 
     x: Tensor
@@ -50,6 +54,7 @@ class Pair:
     event: torch.Size
     target: Any | None
     score_function: Callable[[Tensor], Tensor] | None
+    device: torch.device
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -83,7 +88,7 @@ class Pair:
         """Score of the reference at `x` [B, D], of the same shape; raises `Unavailable`."""
         if self.score_function is None:
             raise Unavailable("ksd needs a target with a score as the reference, or score=")
-        found = at_rows(self.score_function, x.reshape(-1, *self.event))
+        found = at_rows(self.score_function, x.reshape(-1, *self.event).to(self.device))
         if found.shape != (len(x), *self.event):
             raise ShapeError(
                 f"score returned {tuple(found.shape)} for x of shape {(len(x), *self.event)}: "
@@ -160,6 +165,8 @@ def pair(
         second = _checked("reference", reference).to(first.device)
         dtype = torch.promote_types(first.dtype, second.dtype)
         first, second = first.to(dtype), second.to(dtype)
+    if widest(first.device) is not torch.float64:
+        first, second = first.cpu(), second.cpu()
     if first.shape[1:] != second.shape[1:]:
         raise ShapeError(
             f"x of shape {tuple(x.shape)} for a reference on {tuple(second.shape[1:])}: "
@@ -173,6 +180,7 @@ def pair(
         event=x.shape[1:],
         target=target,
         score_function=score,
+        device=x.device,
     )
 
 

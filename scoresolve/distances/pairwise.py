@@ -24,6 +24,7 @@ from scoresolve.distances.floor import FEWEST, Distance, against_floor
 from scoresolve.distances.pairs import Pair, Unavailable
 from scoresolve.errors import real_number, whole_number
 from scoresolve.noise import Purpose
+from scoresolve.precision import doubled
 
 __all__ = ["energy", "ksd", "median_distance", "mmd"]
 
@@ -108,7 +109,7 @@ def ksd(pair: Pair, *, bandwidth: float | None = None, draws: int = 199) -> Dist
 
 def median_distance(points: Tensor, most: int = 1000) -> float:
     """The median distance of two of the first `most` points of [M, D]."""
-    return float(torch.nn.functional.pdist(points[:most].double()).median())
+    return float(torch.nn.functional.pdist(doubled(points[:most])).median())
 
 
 def _bandwidth(pair: Pair, given: float | None) -> float:

@@ -14,6 +14,7 @@ from torch import Tensor
 from scoresolve.distances.floor import Distance, against_floor, draw_floor
 from scoresolve.distances.pairs import LEAST, Pair, Unavailable
 from scoresolve.errors import whole_number
+from scoresolve.precision import host
 
 __all__ = ["classifier"]
 
@@ -55,7 +56,7 @@ def classifier(pair: Pair, *, most: int = 1000, draws: int = 19) -> Distance:
     folds = list(splitter.split(labels, labels))
 
     def scores(x: Tensor, y: Tensor) -> tuple[float, float]:
-        rows = torch.cat([x, y]).double().cpu().numpy()
+        rows = host(torch.cat([x, y])).numpy()
         areas, hits = [], []
         for fitted, held in folds:
             votes = np.mean(

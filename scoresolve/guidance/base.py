@@ -22,7 +22,8 @@ from scoresolve.errors import ArgumentError, GridError, real_number
 from scoresolve.grid import Grid, as_grid
 from scoresolve.models import Model, as_model, combine, conversion
 from scoresolve.plans import Call, Plan, check_state
-from scoresolve.sde import SDE, GaussianSDE, TimeLike, as_time, host
+from scoresolve.precision import host
+from scoresolve.sde import SDE, GaussianSDE, TimeLike, as_time
 
 __all__ = [
     "CleanModel",

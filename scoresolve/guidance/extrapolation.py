@@ -23,7 +23,8 @@ from scoresolve.errors import ArgumentError, ShapeError, check_output, nearest_n
 from scoresolve.grid import Grid
 from scoresolve.guidance.base import Cost, GridAhead, GuidedModel, cost_at, flat
 from scoresolve.models import Model, as_model, combine, conversion
-from scoresolve.sde import SDE, TimeLike, as_time, expand, host
+from scoresolve.precision import host
+from scoresolve.sde import SDE, TimeLike, as_time, expand
 
 __all__ = ["autoguidance", "cfg_plus_plus", "classifier_free"]
 

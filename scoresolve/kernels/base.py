@@ -25,6 +25,7 @@ from scoresolve.kernels.line import decided_integral
 from scoresolve.kernels.target import Point, Target
 from scoresolve.noise import NoiseSource, Purpose
 from scoresolve.plans import check_state
+from scoresolve.precision import host
 
 __all__ = [
     "MOST_STEPS",
@@ -36,7 +37,6 @@ __all__ = [
     "check_chains",
     "checked_acceptance",
     "checked_step",
-    "host",
     "metropolis",
     "without_gradients",
 ]
@@ -153,13 +153,6 @@ def without_gradients() -> Iterator[None]:
     """Chains record no gradients; energies may take their own, in inference mode too."""
     with torch.inference_mode(False), torch.no_grad():
         yield
-
-
-def host(values: object) -> Tensor:
-    """Numbers in float64, where they are if they are a tensor, else on the host."""
-    if isinstance(values, Tensor):
-        return values.to(torch.float64)
-    return torch.as_tensor(values, dtype=torch.float64, device="cpu")
 
 
 def check_chains(x: Tensor) -> None:

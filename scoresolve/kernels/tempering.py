@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from scoresolve.errors import ArgumentError, ShapeError, real_number, whole_number
-from scoresolve.kernels.base import ChainNoise, ChainState, Kernel, host
+from scoresolve.kernels.base import ChainNoise, ChainState, Kernel
 from scoresolve.kernels.target import Target, Tilted
+from scoresolve.precision import host
 
 __all__ = ["ParallelTempering"]
 

@@ -27,6 +27,7 @@ from scoresolve.likelihood.nodes import Nodes, allocate, place_nodes
 from scoresolve.likelihood.path import Field, Walk, block_count, walk
 from scoresolve.models import Model, scale_of_data
 from scoresolve.noise import NoiseSource, Philox, Purpose
+from scoresolve.precision import host
 from scoresolve.sde import GaussianSDE
 from scoresolve.tuning import measured_or_none
 
@@ -138,7 +139,7 @@ def fly_pilot(
     variances = np.zeros(len(nodes))
 
     def observe(n: int, terms: Tensor) -> None:
-        spread = (terms[0] - terms[1]).square().sum(1).double()
+        spread = host((terms[0] - terms[1]).square().sum(1))
         good = spread[spread.isfinite()]
         variances[n] = float(good.mean()) if len(good) else 0.0
 

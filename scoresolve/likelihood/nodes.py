@@ -24,7 +24,8 @@ import torch
 from scipy.interpolate import BSpline, CubicSpline, make_interp_spline
 from scipy.sparse.linalg import spsolve
 
-from scoresolve.sde import GaussianSDE, host
+from scoresolve.precision import host
+from scoresolve.sde import GaussianSDE
 from scoresolve.solvers.adaptive.drift import rounded_inside
 
 __all__ = ["ORDER", "Nodes", "allocate", "lagrange_weights", "place_nodes"]

@@ -15,6 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from scoresolve.precision import doubled
+
 __all__ = ["LinearFilter"]
 
 
@@ -26,7 +28,7 @@ class LinearFilter:
     """
 
     def __init__(self, data: Tensor) -> None:
-        rows = data.flatten(1).double()
+        rows = doubled(data.flatten(1))
         self.halves = [_Half(rows[1::2]), _Half(rows[::2])]
 
     def errors(self, data: Tensor, y: Tensor, k: float) -> Tensor:
@@ -37,7 +39,7 @@ class LinearFilter:
             y: the noised points x0 + k eps, shape of `data`.
             k: the noise level.
         """
-        rows, clean = y.flatten(1).double(), data.flatten(1).double()
+        rows, clean = doubled(y.flatten(1)), doubled(data.flatten(1))
         found = rows.new_empty(len(rows))
         for start, half in enumerate(self.halves):
             error = half.filter(rows[start::2], k) - clean[start::2]

@@ -44,7 +44,8 @@ from scoresolve.model_check.filters import LinearFilter
 from scoresolve.model_check.result import Estimate, Finding, ModelVerification, NoiseLevel
 from scoresolve.models import Model, as_model
 from scoresolve.noise import Philox, Purpose
-from scoresolve.sde import GaussianSDE, host
+from scoresolve.precision import doubled, host
+from scoresolve.sde import GaussianSDE
 from scoresolve.targets import GaussianMixture
 
 __all__ = ["LEVELS", "LIMITS", "QUANTITIES", "verify_model"]
@@ -217,7 +218,7 @@ def _log_snrs(
     if isinstance(levels, Sequence):
         wanted = host([real_number("levels", level) for level in levels])
     else:
-        variance = float(data.double().var(0, correction=0).mean())
+        variance = float(doubled(data).var(0, correction=0).mean())
         wanted = torch.linspace(
             *LEVELS, whole_number("levels", levels, 1, 1000), dtype=torch.float64, device="cpu"
         )
@@ -318,9 +319,9 @@ class _Run:
         )
 
     def _denoising(self, error: Tensor, y: Tensor, level: Level) -> dict[str, Estimate]:
-        wide = error.double().flatten(1)
+        wide = doubled(error).flatten(1)
         square = wide.square().sum(1)
-        predicted = (y - self.data - error).double().flatten(1)  # k eps_hat
+        predicted = doubled(y - self.data - error).flatten(1)  # k eps_hat
         found = {
             "linear": _ratio(square, self.linear.errors(self.data, y, level.k)),
             "correlation": _correlation(wide, predicted),
@@ -328,8 +329,8 @@ class _Run:
         if self.law is not None:
             exact = self.law.score_model(self.home)
             x0 = _predict(exact, level.alpha * y, level, {})
-            least = (x0 - self.data).double().flatten(1).square().sum(1)
-            excess = (self.data + error - x0).double().flatten(1).square().sum(1)
+            least = doubled(x0 - self.data).flatten(1).square().sum(1)
+            excess = doubled(self.data + error - x0).flatten(1).square().sum(1)
             ratio = _ratio(excess, least)
             found["exact"] = Estimate(1 + ratio.value, ratio.standard_error)
         return found
@@ -359,7 +360,7 @@ class _Run:
                 whole = products.flatten(2)
                 pulled = torch.einsum("dni,inj->dnj", directions.flatten(2), whole)
             found |= self._calibration(denoised, rows, directions, pulled)
-        return {name: value.double() for name, value in found.items()}
+        return {name: doubled(value) for name, value in found.items()}
 
     def _directions(self, x: Tensor, rows: slice, index: int, count: int) -> Tensor:
         """Random vectors of covariance I, [count, n, *event]: normal in few dimensions, else signs,
@@ -381,12 +382,12 @@ class _Run:
         resolved = variance > floor
         square = torch.where(resolved, (v * error).sum(2).square() / variance, 0.0)
         found = {"square": square, "resolved": resolved, "negative": variance < -floor}
-        return {name: value.double().mean(0) for name, value in found.items()}
+        return {name: doubled(value).mean(0) for name, value in found.items()}
 
     def _derived(self, columns: dict[str, Tensor], error: Tensor) -> dict[str, Estimate]:
         found = {}
         if "residual" in columns:
-            square = error[: self.points].double().flatten(1).square().sum(1)
+            square = doubled(error[: self.points]).flatten(1).square().sum(1)
             found["fokker_planck"] = _root(_ratio(columns["residual"], square))
         if "curl" in columns:
             found["curl"] = _root(_ratio(columns["curl"], columns["whole"]))

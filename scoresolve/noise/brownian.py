@@ -14,6 +14,7 @@ from scoresolve.errors import ArgumentError, ShapeError
 from scoresolve.noise.multiwavelets import Step, lines, pairs, rest
 from scoresolve.noise.philox import normals, work_dtype
 from scoresolve.noise.sources import NoiseSource, Philox, Purpose, Times, check_like, group_size
+from scoresolve.precision import host
 
 __all__ = ["BrownianPath"]
 
@@ -187,12 +188,7 @@ class BrownianPath(NoiseSource):
 
     def _times(self, t: float | Tensor, like: Tensor) -> Tensor:
         """Times of the path, [1] or [B]."""
-        # On the host, as not every device has float64.
-        time = (
-            t.detach().cpu()
-            if isinstance(t, Tensor)
-            else torch.tensor(t, dtype=torch.float64, device="cpu")
-        ).to(torch.float64)
+        time = host(t)
         if time.shape not in ((), (like.shape[0],)):
             raise ShapeError(
                 f"times of shape {tuple(time.shape)} for x of shape {tuple(like.shape)}: "

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from scoresolve.errors import ArgumentError, ShapeError
+from scoresolve.precision import doubled
 
 __all__ = [
     "MASK",
@@ -149,8 +150,7 @@ def normals(first: Tensor, second: Tensor, out: Tensor) -> None:
 
 def uniforms(first: Tensor, second: Tensor, out: Tensor) -> None:
     words = _words(first, second, out)
-    # MPS has no float64; on the host the numbers are the same.
-    words = (words.cpu() if out.device.type == "mps" else words).to(torch.float64)
+    words = doubled(words)  # on the host the numbers are the same
     out.copy_(open_interval(words.mul_(2.0**-32).add_(0.5 + 2.0**-33), out))
 
 

@@ -26,7 +26,7 @@ from scoresolve.errors import ArgumentError, GridError, ShapeError, check_output
 from scoresolve.models import Model, conversion
 from scoresolve.noise import NoiseSource
 from scoresolve.plans.stages import Call, Combine, Custom, Draw, Drift, Mark, Stage
-from scoresolve.sde import host
+from scoresolve.precision import host
 
 __all__ = ["Program", "StepReport", "check_state", "model_time"]
 

@@ -23,7 +23,8 @@ from torch import Tensor
 from scoresolve.errors import ArgumentError, ShapeError, short
 from scoresolve.models import prediction_rows
 from scoresolve.plans.stages import Call, Combine, Draw, Mark, Stage
-from scoresolve.sde import SchedulePoint, host
+from scoresolve.precision import host
+from scoresolve.sde import SchedulePoint
 
 __all__ = ["Law", "Traced", "propagate"]
 

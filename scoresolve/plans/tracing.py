@@ -29,7 +29,8 @@ from scoresolve.models import PREDICTIONS
 from scoresolve.noise import first_draw
 from scoresolve.plans.plan import Plan
 from scoresolve.plans.stages import Action, Call, Combine, Custom, Draw, Drift, Mark, Stage
-from scoresolve.sde import SDE, GaussianSDE, SchedulePoint, check_process, host
+from scoresolve.precision import host
+from scoresolve.sde import SDE, GaussianSDE, SchedulePoint, check_process
 
 __all__ = ["Linear", "Past", "Run", "Steps", "trace"]
 

@@ -1,6 +1,6 @@
 """Stochastic processes from data (t = 0) to noise (t = T), one file a kind."""
 
-from scoresolve.sde.base import SDE, Score, TimeLike, as_rows, as_time, expand, host
+from scoresolve.sde.base import SDE, Score, TimeLike, as_rows, as_time, expand
 from scoresolve.sde.betas import (
     constant_betas,
     cosine_betas,
@@ -46,7 +46,6 @@ __all__ = [
     "cosine_betas",
     "expand",
     "forgetting_betas",
-    "host",
     "linear_betas",
     "log_prior",
     "prior_scale",

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +27,7 @@ from scoresolve.errors import (
     real_number,
     short,
 )
+from scoresolve.precision import host, widest
 
 __all__ = [
     "SDE",
@@ -37,24 +37,10 @@ __all__ = [
     "as_time",
     "check_interval",
     "expand",
-    "host",
-    "widest",
 ]
 
 TimeLike = float | Tensor
 Score = Callable[..., Tensor]
-
-
-def host(values: object) -> Tensor:
-    """Numbers as a float64 tensor on the host, whatever torch's default device and dtype are."""
-    if isinstance(values, Tensor):
-        values = values.detach().cpu().double().numpy()  # in this order: see `widest`
-    return torch.from_numpy(np.array(values, dtype=np.float64))
-
-
-def widest(device: torch.device) -> torch.dtype:
-    """The dtype for times on `device`: float64, or float32 on MPS, which has no float64."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def as_time(t: TimeLike, like: Tensor | None = None) -> Tensor:

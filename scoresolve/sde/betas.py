@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from scoresolve.errors import ArgumentError, real_number, short, step_count
-from scoresolve.sde.base import host
+from scoresolve.precision import host
 from scoresolve.sde.vp import VariancePreserving
 
 __all__ = [

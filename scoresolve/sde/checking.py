@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from scoresolve.errors import ArgumentError, ShapeError, real_number, short
-from scoresolve.sde.base import SDE, host
+from scoresolve.precision import host
+from scoresolve.sde.base import SDE
 from scoresolve.sde.gaussian import GaussianSDE
 
 __all__ = ["check_process"]
@@ -120,7 +121,7 @@ def _check_schedule(sde: GaussianSDE) -> None:
     t = _times(sde)
     levels = {}
     for method in ("alpha", "sigma"):
-        value = levels[method] = _asked(sde, method, t).double().cpu()
+        value = levels[method] = host(_asked(sde, method, t))
         if value.shape != t.shape:
             raise ArgumentError(
                 f"{_name(sde)}.{method}(t) has shape {tuple(value.shape)} for t of shape "
@@ -165,7 +166,7 @@ def _compare(sde: GaussianSDE, method: str, t: Tensor, found: Tensor, expected: 
             f"{_name(sde)}.{method} has shape {tuple(found.shape)} for an argument of shape "
             f"{tuple(t.shape)}: return one value for each"
         )
-    found, expected = found.double().cpu(), expected.detach().double().cpu()
+    found, expected = host(found), host(expected)
     reach = float(expected[expected.isfinite()].abs().max()) if len(expected) else 0.0
     wrong = (found - expected).abs() > _AGREEMENT * (expected.abs() + 1e-3 * reach)
     wrong &= expected.isfinite()
@@ -180,7 +181,7 @@ def _compare(sde: GaussianSDE, method: str, t: Tensor, found: Tensor, expected: 
 def _check_diffusion(sde: SDE) -> tuple[int, ...]:
     """The axes that diffusion(t) appends for the first event axes."""
     t = _times(sde, 5)
-    g = _asked(sde, "diffusion", t).double().cpu()
+    g = host(_asked(sde, "diffusion", t))
     if g.ndim and g.shape[:1] != t.shape:
         raise ArgumentError(
             f"{_name(sde)}.diffusion(t) has shape {tuple(g.shape)} for t of shape "

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from scoresolve.errors import ArgumentError, real_number, short
-from scoresolve.sde.base import TimeLike, as_time, host
+from scoresolve.precision import host
+from scoresolve.sde.base import TimeLike, as_time
 from scoresolve.sde.vp import VariancePreserving
 
 __all__ = ["DiscreteVP"]

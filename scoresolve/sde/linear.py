@@ -22,7 +22,8 @@ from scipy.linalg import solve_continuous_lyapunov
 from torch import Tensor
 
 from scoresolve.errors import ArgumentError, ShapeError, real_number, short
-from scoresolve.sde.base import SDE, TimeLike, as_rows, as_time, expand, host
+from scoresolve.precision import host, widest
+from scoresolve.sde.base import SDE, TimeLike, as_rows, as_time, expand
 
 __all__ = ["CriticallyDampedLangevin", "LinearSDE"]
 
@@ -137,9 +138,7 @@ class LinearSDE(SDE):
         at_t, at_s = self.clock(t), self.clock(s)
         device = at_t.device if at_t.ndim else at_s.device
         phi, q = van_loan(self.matrix, self.noise, at_t.cpu().double() - at_s.cpu().double())
-        if device.type == "mps":  # which has no float64
-            phi, q = phi.float(), q.float()
-        return phi.to(device), q.to(device)
+        return phi.to(device, widest(device)), q.to(device, widest(device))
 
     def marginal(self, x0: Tensor, t: TimeLike) -> tuple[Tensor, Tensor]:
         """Mean and covariance of u_t given clean data.

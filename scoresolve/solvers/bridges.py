@@ -24,7 +24,8 @@ from torchsde import sdeint
 
 from scoresolve.errors import ArgumentError, Status, known_name, row_status
 from scoresolve.noise import NoiseSource, Purpose
-from scoresolve.sde.base import expand, host, widest
+from scoresolve.precision import host, widest
+from scoresolve.sde.base import expand
 from scoresolve.solvers.adaptive import BoundedDrift, CallLimit, check_velocity, unmoved
 from scoresolve.solvers.adaptive.coordinates import Coordinates, LogSNR, Time
 from scoresolve.solvers.adaptive.rows import Numbers, lift

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from scoresolve.errors import ArgumentError, Status, row_status, step_count
 from scoresolve.noise import NoiseSource, Purpose
-from scoresolve.sde import host
+from scoresolve.precision import host
 from scoresolve.sde.linear import LinearSDE, mixed, van_loan
 from scoresolve.solvers.adaptive import BoundedDrift, CallLimit, unmoved
 from scoresolve.solvers.integrator import GaussianFlow, Integrator, RowDrift, Solution

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from scoresolve.errors import ArgumentError, ShapeError, UnknownNameError
 from scoresolve.models import PREDICTIONS, Model, scale_of_data
+from scoresolve.precision import widest
 from scoresolve.sde import SDE, GaussianSDE, TimeLike, as_time
 from scoresolve.targets.covariance import Covariance, repeat_rows
 from scoresolve.targets.rows import (
@@ -119,8 +120,12 @@ class Components:
             )
         if not x.is_floating_point():
             raise ArgumentError(f"x is {x.dtype}: give a real floating dtype")
-        parts = self.to(self.covariance.compute_dtype(x.dtype), x.device)
-        count, whole = len(x), (alpha, sigma, *row)
+        dtype, count, whole = self.covariance.compute_dtype(x.dtype), len(x), (alpha, sigma, *row)
+        if dtype is torch.float64 and widest(x.device) is not dtype:
+            levels = [value.cpu() if isinstance(value, Tensor) else value for value in whole]
+            on_host = self.read(quantity, x.cpu(), levels[0], levels[1], *levels[2:])
+            return _join(lambda values: values[0].to(x.device), [on_host])
+        parts = self.to(dtype, x.device)
         if count == 1 and self._splits_one_row(x):
             twice = [repeat_rows(value, 2) for value in whole]
             point = Point(parts, x.expand(2, *x.shape[1:]), twice[0], twice[1])

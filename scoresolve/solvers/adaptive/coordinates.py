@@ -30,7 +30,8 @@ from torch import Tensor
 
 from scoresolve.errors import ArgumentError
 from scoresolve.models import conversion
-from scoresolve.sde import GaussianSDE, SchedulePoint, host
+from scoresolve.precision import host
+from scoresolve.sde import GaussianSDE, SchedulePoint
 from scoresolve.solvers.adaptive.drift import BoundedDrift, Interval
 from scoresolve.solvers.adaptive.points import Point, hermite
 from scoresolve.solvers.adaptive.rows import Numbers, lift, padded

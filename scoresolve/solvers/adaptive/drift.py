@@ -12,7 +12,8 @@ from torch import Tensor
 
 from scoresolve.errors import ArgumentError, ModelWarning, check_output, row_status
 from scoresolve.plans import check_state
-from scoresolve.sde.base import TimeLike, host, widest
+from scoresolve.precision import host, widest
+from scoresolve.sde.base import TimeLike
 from scoresolve.solvers.adaptive.rows import Numbers
 from scoresolve.solvers.integrator import Solution
 

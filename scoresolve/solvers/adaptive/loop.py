@@ -32,7 +32,7 @@ from scoresolve.errors import (
     whole_number,
 )
 from scoresolve.noise import NoiseSource
-from scoresolve.sde.base import widest
+from scoresolve.precision import widest
 from scoresolve.solvers.adaptive.coordinates import COORDINATES, Coordinates, coordinates_for
 from scoresolve.solvers.adaptive.drift import BoundedDrift, CallLimit, unmoved
 from scoresolve.solvers.adaptive.path import Event, Path, Record
