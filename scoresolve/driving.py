@@ -511,7 +511,7 @@ def check_call(
             ) from error
     if doubts:
         warnings.warn(
-            f"{', '.join(doubts)} is no argument of {verb.__name__} and goes to the model{hint}",
+            f"{', '.join(doubts)} is no argument here and goes to the model{hint}",
             ModelWarning,
             stacklevel=stacklevel,
         )

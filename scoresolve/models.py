@@ -337,7 +337,7 @@ class NetworkModel(Model):
                     f"the network cannot take x in {x.dtype} ({error}): give the nn.Module itself, "
                     "whose dtype is then followed, or states in its dtype"
                 ) from error
-            _note(error, x, t)
+            _note(error, x, t, cond)
             raise
 
     def _asked_with_copies(self, x: Tensor, t: TimeLike, cond: dict[str, Any]) -> Any:
@@ -413,7 +413,7 @@ def _of_dtypes(error: RuntimeError) -> bool:
     return any(words in text for words in ("same dtype", "scalar type", "Input type"))
 
 
-def _note(error: Exception, x: Tensor, t: TimeLike) -> None:
+def _note(error: Exception, x: Tensor, t: TimeLike, cond: dict[str, Any]) -> None:
     """Say in the traceback of a network's own exception where it happened."""
     times = torch.as_tensor(t).detach().flatten()
     if times.device.type == "meta" or not times.numel():
@@ -422,6 +422,10 @@ def _note(error: Exception, x: Tensor, t: TimeLike) -> None:
         low, high = float(times.min()), float(times.max())
         where = f"t = {low:g}" if low == high else f"times from {low:g} to {high:g}"
     error.add_note(f"raised by the network at {where}, for x of shape {tuple(x.shape)}")
+    for name, value in cond.items():
+        rows = {len(leaf) for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.ndim}
+        if strange := rows - {1, len(x)}:
+            error.add_note(f"{name}= has {min(strange)} rows and the batch {len(x)}")
 
 
 class EnergyModel(NetworkModel):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["doubled", "host", "widest"]
+__all__ = ["default_on_host", "doubled", "host", "widest"]
 
 
 def host(values: object) -> Tensor:
@@ -31,3 +34,13 @@ def widest(device: torch.device) -> torch.dtype:
 def doubled(x: Tensor) -> Tensor:
     """`x` in float64, on its device or, where that has none, on the host."""
     return (x.cpu() if widest(x.device) is not torch.float64 else x).double()
+
+
+@contextmanager
+def default_on_host() -> Iterator[None]:
+    """New tensors lie on the host, whatever torch's default device is; also a decorator."""
+    if torch.get_default_device().type == "cpu":
+        yield
+        return
+    with torch.device("cpu"):
+        yield

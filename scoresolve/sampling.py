@@ -247,7 +247,11 @@ def sample(
     check_call(score, cond, sample)
     warn_of_dropout(score)
     if (shape is None) == (x is None):
-        raise ArgumentError("give either shape=[B, *event] or a start x=, not both")
+        raise ArgumentError(
+            "give either shape=[B, *event] or a start x="
+            if x is None
+            else "give either shape=[B, *event] or a start x=, not both"
+        )
     source = as_noise(noise, seed)
     denoise = None if denoise is None else yes_or_no("denoise", denoise)
     given_times = None if grid is None or isinstance(grid, str) else as_grid(grid, denoise)

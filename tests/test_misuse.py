@@ -438,6 +438,7 @@ def test_verbs_compute_where_the_state_is_whatever_the_default_device() -> None:
         seen = repr(ss.check_model(model, sde, data, levels=2))
         seen += repr(ss.verify_model(model, sde, data, levels=2, quantities=("denoising",)))
         seen += repr(ss.compare_samples(data, start[:12]))
+        seen += repr(ss.certify("ddim", sde, refinements=(8, 16), budgets=(4,)).errors)
         return [*found, torch.tensor([hash(seen)], device="cpu")]
 
     expected = run()
@@ -692,3 +693,48 @@ def test_names_that_no_verb_has_are_told_by_every_verb_that_hands_them_on() -> N
             call()
     with pytest.raises(ArgumentError, match="encode has no seed="):
         ss.encode(net, sde, x, seed=3)
+
+
+def opposite(x: Tensor, t: Tensor) -> Tensor:
+    return -x
+
+
+def test_noise_that_cannot_serve_is_refused() -> None:
+    sde, x = EDM(), torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
+
+    class BrownianInterval:
+        __module__ = "torchsde._brownian"
+
+        def __call__(self, s: float, t: float) -> Tensor:
+            return x
+
+    def of_steps_alone(y: Tensor, t: float, s: float) -> Tensor:
+        if not abs(t - s) > 0:
+            raise ZeroDivisionError
+        return torch.zeros_like(y) if t > 1 else y[0]
+
+    def run(noise: Any, **options: Any) -> object:
+        return ss.sample(opposite, sde, solver="ddpm", steps=3, noise=noise, **options)
+
+    with pytest.raises(ArgumentError, match="increments over times"):
+        run(BrownianInterval(), x=x)
+    with pytest.raises(ArgumentError, match="those of the start: TypeError"):
+        run(of_steps_alone, shape=(4, 2))
+    with pytest.raises(ZeroDivisionError) as error:
+        run(lambda y, t, s: 1 / 0, x=x)
+    assert "for the step from t = 80" in error.value.__notes__[0]
+    with pytest.raises(ArgumentError, match=r"start x=$"):
+        ss.sample(opposite, sde)
+
+
+def test_rows_that_are_not_those_of_the_batch_are_told_of() -> None:
+    x = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(RuntimeError) as error:
+        ss.sample(lambda x, t, c: -x + c["of"], EDM(), x=x, c={"of": torch.zeros(5, 2)})
+    assert "c= has 5 rows and the batch 4" in error.value.__notes__
+
+
+@pytest.mark.parametrize("verb", [ss.differentiable_sample, ss.differentiable_log_likelihood])
+def test_gradients_by_hand_are_not_taken_inside_a_transform(verb: Callable[..., Tensor]) -> None:
+    with pytest.raises(ArgumentError, match="inside a transform"):
+        torch.func.jacrev(lambda y: verb(opposite, EDM(), y, steps=2))(torch.zeros(2, 2))

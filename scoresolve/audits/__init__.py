@@ -22,6 +22,7 @@ from scoresolve.audits.report import Audit, Defect, pages
 from scoresolve.certificates import Certificate, certify
 from scoresolve.errors import ArgumentError
 from scoresolve.peers import BlackBox, boxes
+from scoresolve.precision import default_on_host
 
 __all__ = [
     "Audit",
@@ -36,6 +37,7 @@ __all__ = [
 REFINEMENTS, BUDGETS = (32, 64, 128, 256), (10, 20, 50)
 
 
+@default_on_host()
 def audit(
     library: str,
     *,

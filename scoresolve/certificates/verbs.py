@@ -30,6 +30,7 @@ from scoresolve.certificates.stability import BUDGETS, stability_checks, stabili
 from scoresolve.errors import ArgumentError, ScoresolveError, real_number, whole_number
 from scoresolve.models import Model
 from scoresolve.peers import BlackBox, refined
+from scoresolve.precision import default_on_host
 from scoresolve.sampling import sample
 from scoresolve.sde import VP, GaussianSDE, RectifiedFlow
 from scoresolve.solvers import Integrator, Solver, get_solver, nfe_rule
@@ -48,6 +49,7 @@ TIGHTER = 64.0
 """By how much tolerances are divided for that."""
 
 
+@default_on_host()
 def certify(
     solver: str | Solver | Integrator | BlackBox,
     sde: GaussianSDE | None = None,

@@ -23,7 +23,7 @@ from scoresolve.divergence import (
     velocity_parts,
 )
 from scoresolve.driving import check_call, warn_of_dropout
-from scoresolve.errors import GridError, check_output, whole_number
+from scoresolve.errors import GridError, check_output, check_transforms, whole_number
 from scoresolve.gradients.path import Path
 from scoresolve.grid import Grid, as_grid, make_grid
 from scoresolve.models import Model, as_model
@@ -90,6 +90,7 @@ def differentiable_log_likelihood(
         Chen et al. 2018 (1806.07366), theorem 1 (instantaneous change of variables) and appendix
         B; Grathwohl et al. 2019 (1810.01367), section 3.1, for fixed probes.
     """
+    check_transforms("differentiable_log_likelihood")
     check_prior(sde, prior)
     check_state(x)
     if grid is None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from scoresolve.conditions import unmarked
 from scoresolve.driving import check_call, warn_of_dropout
-from scoresolve.errors import ArgumentError, whole_number
+from scoresolve.errors import ArgumentError, check_transforms, whole_number
 from scoresolve.gradients.path import Path
 from scoresolve.grid import Grid, as_grid
 from scoresolve.models import Model, as_model
@@ -72,6 +72,7 @@ def differentiable_sample(
         Chen et al. 2018 (1806.07366), section 2 and appendix B; Chen et al. 2016 (1604.06174),
         section 4, for recomputation.
     """
+    check_transforms("differentiable_sample")
     check_state(x)
     model, resolved = as_model(score, sde), get_solver(solver)
     if cond:

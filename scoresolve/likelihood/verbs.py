@@ -285,7 +285,11 @@ def sample_with_log_prob(
     check_process(sde)
     check_call(score, cond, sample_with_log_prob)
     if (shape is None) == (x is None):
-        raise ArgumentError("give either shape=[B, *event] or a start x=, not both")
+        raise ArgumentError(
+            "give either shape=[B, *event] or a start x="
+            if x is None
+            else "give either shape=[B, *event] or a start x=, not both"
+        )
     if x is None and (prior is not None or not sde.has_prior):
         law = f"{sde} has no prior to draw from" if prior is None else "a prior= is not drawn from"
         raise ArgumentError(f"{law}: give the start x=, and as prior= the law that it comes from")

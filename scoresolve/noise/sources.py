@@ -295,6 +295,7 @@ class CallableNoise(NoiseSource):
 
     Raises:
         ShapeError: at a draw, when `fn` returns something else than a tensor of x's shape.
+        ArgumentError: `fn` fails where t and s are None. What it raises elsewhere keeps its type.
     """
 
     def __init__(self, fn: Callable[..., Tensor]) -> None:
@@ -305,7 +306,17 @@ class CallableNoise(NoiseSource):
     ) -> Tensor:
         """A copy of `fn(like, *times)` in the dtype and on the device of `like`, [B, *event]."""
         check_like(like)
-        z: object = self.fn(like, *(times or (None, None)))
+        try:
+            z: object = self.fn(like, *(times or (None, None)))
+        except Exception as error:
+            if times is None:
+                raise ArgumentError(
+                    "the noise callable failed as noise(x, None, None), which asks for numbers "
+                    f"that belong to no step, as those of the start: {type(error).__name__}: "
+                    f"{error}; return normals there too, or give the start as x="
+                ) from error
+            error.add_note(f"raised by the noise callable for the step from t = {times[0]}")
+            raise
         if not isinstance(z, Tensor) or z.shape != like.shape:
             given = f"shape {tuple(z.shape)}" if isinstance(z, Tensor) else f"a {type(z).__name__}"
             raise ShapeError(
@@ -342,6 +353,11 @@ def as_noise(
         return noise
     if isinstance(noise, torch.Generator):
         return GeneratorNoise(noise)
+    if type(noise).__module__.startswith("torchsde"):
+        raise ArgumentError(
+            f"{type(noise).__name__} gives increments over times, not normal numbers: give "
+            "scoresolve's BrownianPath, or noise=lambda x, t, s: normals of its increment"
+        )
     if callable(noise):
         return CallableNoise(noise)
     raise ArgumentError(

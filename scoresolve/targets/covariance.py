@@ -309,15 +309,18 @@ class _IsotropicResolvent(Resolvent):
         self.values = kind.values
         scale, square_scale = across(alpha, 1), across(alpha**2, 1)
         self.x = x - scale * cloud.centre
-        cross = product(self.x, cloud.offsets.mT)
-        square = last_sum(self.x.square())[:, None]
+        distance = last_sum(self.x.square())[:, None]
         self.shifted = square_scale * self.values + across(sigma**2, 1)
-        distance = square - 2 * scale * cross + square_scale * cloud.norms
+        if len(cloud.offsets) > 1:  # one alone has no offset
+            cross = product(self.x, cloud.offsets.mT)
+            distance = distance - 2 * scale * cross + square_scale * cloud.norms
         self.quadratic = distance / self.shifted
         self.log_det = kind.dimension * self.shifted.log()
 
     def combine(self, weights: Tensor, a: Number, b: Number) -> Tensor:
         weights = weights * self._gain(a, b)
+        if len(self.offsets) == 1:
+            return self.x * weights
         lost = product(across(self.alpha, 1) * weights, self.offsets)
         return self.x * last_sum(weights)[:, None] - lost
 

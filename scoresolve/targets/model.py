@@ -19,8 +19,9 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from scoresolve.errors import ArgumentError, ShapeError, UnknownNameError
+from scoresolve.errors import ArgumentError, ShapeError, UnknownNameError, is_transformed
 from scoresolve.models import PREDICTIONS, Model, scale_of_data
 from scoresolve.precision import widest
 from scoresolve.sde import SDE, GaussianSDE, TimeLike, as_time
@@ -307,13 +308,13 @@ class MixtureModel(Model):
         _, alpha, sigma = self._levels(x, t)
         return self.components.read(Point.posterior, x, alpha, sigma)
 
-    def _levels(self, x: Tensor, t: TimeLike) -> tuple[Tensor, Tensor, Tensor]:
-        """Time, alpha and sigma, [] where one time serves all rows, else [B]."""
+    def _levels(self, x: Tensor, t: TimeLike) -> tuple[Tensor, Number, Number]:
+        """Time, alpha and sigma, one where one time serves all rows, else [B]."""
         time = as_row_times(as_time(t), x)
         # Not by its length: a row must be computed in the same way in a batch of one.
         if time.ndim and len(time) and time.stride(0) == 0:
             time = time[0]
-        alpha, sigma = self.sde.alpha(time), self.sde.sigma(time)
+        alpha, sigma = _number(self.sde.alpha(time)), _number(self.sde.sigma(time))
         if self.components.singular and not isinstance(t, Tensor) and sigma == 0:
             raise ArgumentError(
                 f"the mixture has point masses and t = {t} adds no noise: take a later time"
@@ -321,7 +322,7 @@ class MixtureModel(Model):
         return time, alpha, sigma
 
     def _row(
-        self, prediction: str, t: Tensor, alpha: Tensor, sigma: Tensor
+        self, prediction: str, t: Tensor, alpha: Number, sigma: Number
     ) -> tuple[Number, Number, Number]:
         """(p, p alpha, q sigma) of the prediction m = p x0 + q eps."""
         if prediction == "score":
@@ -335,7 +336,11 @@ class MixtureModel(Model):
         if prediction == "flow":
             alpha_dot, sigma_dot = self.sde.alpha_dot(t), self.sde.sigma_dot(t)
             # sigma' may be infinite where sigma = 0; (sigma^2)' is then g^2
-            half_rate = torch.where(sigma > 0, sigma * sigma_dot, self.sde.diffusion(t) ** 2 / 2)
+            half_rate = self.sde.diffusion(t) ** 2 / 2
+            if isinstance(sigma, Tensor):
+                half_rate = torch.where(sigma > 0, sigma * sigma_dot, half_rate)
+            elif sigma > 0:
+                half_rate = sigma * sigma_dot
             return alpha_dot, alpha_dot * alpha, half_rate
         raise UnknownNameError("prediction", prediction, PREDICTIONS)
 
@@ -362,6 +367,15 @@ def _join(merge: Callable[[list[Tensor]], Tensor], found: list[Result]) -> Resul
         return merge(found)  # type: ignore[arg-type, return-value]
     columns = [merge(list(column)) for column in zip(*found, strict=True)]
     return type(first)._make(columns) if hasattr(first, "_make") else tuple(columns)  # type: ignore
+
+
+def _number(value: Tensor) -> Number:
+    """A single number of the CPU as a float, of which operations are faster; else `value`."""
+    plain = value.ndim == 0 and value.device.type == "cpu" and not value.requires_grad
+    if not plain or is_transformed(value) or torch.compiler.is_compiling():
+        return value
+    # a tangent of forward differentiation would be lost
+    return value if forward_ad._current_level >= 0 else float(value)
 
 
 def _like(value: Number, x: Tensor) -> Number:

@@ -48,7 +48,8 @@ def product(rows: Tensor, matrix: Tensor) -> Tensor:
     if rows.device.type != "cpu":
         return rows @ matrix
     if inner <= 2:
-        return _sum([rows[:, i : i + 1] * matrix[i] for i in range(inner)])
+        columns = zip(torch.split(rows, 1, -1), matrix.unbind(), strict=True)
+        return _sum([column * row for column, row in columns])
     if inner * outer <= _SMALL:
         return last_sum(rows[:, None] * matrix.mT.contiguous())
     return each_product(rows[:, None], matrix[None])[:, 0]
@@ -87,6 +88,8 @@ def last_sum(values: Tensor) -> Tensor:
 
 def shares(logits: Tensor) -> Tensor:
     """The softmax along the last axis, which torch's own takes longer for on short rows."""
+    if logits.shape[-1] == 1:
+        return (logits - logits).exp()
     powers = (logits - logits.detach().amax(-1, keepdim=True)).exp()
     return powers / last_sum(powers)[..., None]
 
