@@ -306,7 +306,8 @@ class NetworkModel(Model):
 
         Raises:
             ArgumentError: a network wrote into its arguments that did not at its first call, or
-                its first call meets another dtype than that of its parameters.
+                its first call meets another dtype than that of its parameters, or fails where a
+                condition has other rows than the batch.
         """
         if self.time_dtype is not None and isinstance(t, Tensor) and t.is_floating_point():
             t = t.to(self.time_dtype)
@@ -337,7 +338,14 @@ class NetworkModel(Model):
                     f"the network cannot take x in {x.dtype} ({error}): give the nn.Module itself, "
                     "whose dtype is then followed, or states in its dtype"
                 ) from error
-            _note(error, x, t, cond)
+            misfit = isinstance(error, RuntimeError | ValueError | IndexError)
+            strange = _of_other_rows(cond, len(x)) if misfit and self._writes is None else ""
+            if strange:
+                raise ArgumentError(
+                    f"the network failed at its first call, with {strange} for a batch of "
+                    f"{len(x)} ({error}): give one row for each sample, or one for all"
+                ) from error
+            _note(error, x, t)
             raise
 
     def _asked_with_copies(self, x: Tensor, t: TimeLike, cond: dict[str, Any]) -> Any:
@@ -413,7 +421,16 @@ def _of_dtypes(error: RuntimeError) -> bool:
     return any(words in text for words in ("same dtype", "scalar type", "Input type"))
 
 
-def _note(error: Exception, x: Tensor, t: TimeLike, cond: dict[str, Any]) -> None:
+def _of_other_rows(cond: dict[str, Any], batch: int) -> str:
+    """The conditions whose rows are neither those of the batch nor a single one, in words."""
+    found = []
+    for name, value in cond.items():
+        rows = {len(leaf) for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.ndim}
+        found += [f"{name}= of {count} rows" for count in sorted(rows - {1, batch})]
+    return ", ".join(found)
+
+
+def _note(error: Exception, x: Tensor, t: TimeLike) -> None:
     """Say in the traceback of a network's own exception where it happened."""
     times = torch.as_tensor(t).detach().flatten()
     if times.device.type == "meta" or not times.numel():
@@ -422,10 +439,6 @@ def _note(error: Exception, x: Tensor, t: TimeLike, cond: dict[str, Any]) -> Non
         low, high = float(times.min()), float(times.max())
         where = f"t = {low:g}" if low == high else f"times from {low:g} to {high:g}"
     error.add_note(f"raised by the network at {where}, for x of shape {tuple(x.shape)}")
-    for name, value in cond.items():
-        rows = {len(leaf) for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.ndim}
-        if strange := rows - {1, len(x)}:
-            error.add_note(f"{name}= has {min(strange)} rows and the batch {len(x)}")
 
 
 class EnergyModel(NetworkModel):
