@@ -128,7 +128,7 @@ def gotta_go_fast(model: ss.Model, x: Any, n: int, noise: Any) -> Any:
 
 
 def test_gotta_go_fast_with_a_row_that_is_not_a_number_is_found_not_to_return() -> None:
-    made = BlackBox(gotta_go_fast, stochastic=True, adaptive=True, end=1e-3)
+    made = BlackBox(gotta_go_fast, stochastic=True, adaptive=True, end=1e-3, sde=ss.VP())
     failed = {check.claim: check.seen for check in ss.certify(made).checks if not check.passed}
     assert failed["keeps a NaN row to itself"].startswith("has not returned"), failed
 

@@ -18,6 +18,7 @@ from torch import Tensor
 import scoresolve as ss
 from scoresolve.certificates import MEAN, VARIANCE, Certificate, Draws, NotAffine, affine_law
 from scoresolve.certificates.probes import Watched
+from scoresolve.certificates.stability import stability_of, stability_of_box
 from scoresolve.errors import ArgumentError
 from scoresolve.noise import CallableNoise
 from scoresolve.peers import BlackBox, diffusers_scheduler, edm_sampler, installed
@@ -65,6 +66,51 @@ def test_answers_to_unit_vectors_give_the_law_that_the_plan_has(
     assert found.calls == plan.nfe
     assert found.path_error == pytest.approx(law.path_error, rel=1e-8) or plan.stochastic
     assert found.lowest == pytest.approx(grid.times[-2]) or name in ("heun_flow", "dpmpp_sde")
+
+
+@pytest.mark.parametrize("name", ["ddim", "heun", "dpmpp_2m", "ddpm", "ab2_v"])
+@pytest.mark.parametrize("sde", [ss.VP(), ss.EDM()], ids=["VP", "EDM"])
+def test_answers_give_the_stability_that_the_plan_has(name: str, sde: ss.GaussianSDE) -> None:
+    times = ss.make_grid("log_snr", sde, 12).times
+    found = stability_of_box(box(ours(name)), sde, times, (times[0], times[-1]))
+    assert found == pytest.approx(stability_of(ss.plan(name, sde, times)), rel=1e-9)
+
+
+def test_a_consistent_sampler_that_is_unstable_fails() -> None:
+    """Dahlquist's example: of order 3, and with a root of -5, which only errors set off."""
+
+    def of_two_steps(model: ss.Model, x: Tensor, n: int, noise: Run) -> Tensor:
+        times, before, slope = torch.linspace(1.0, 1e-3, n + 1).tolist(), x, torch.zeros_like(x)
+        for t, s in itertools.pairwise(times):
+            last, slope = slope, model.predict("flow", x, t)
+            if t == times[0]:
+                before, x = x, x + (s - t) * slope
+            else:
+                before, x = x, 5 * before - 4 * x + (s - t) * (4 * slope + 2 * last)
+        return x
+
+    found = ss.certify(BlackBox(of_two_steps), ss.VP(), **QUICK)
+    assert failed(found) >= {"does not blow up narrow data or small errors"}
+
+
+def test_a_process_wired_in_is_seen_on_another_unless_the_sampler_names_it() -> None:
+    def of_vp(model: ss.Model, x: Tensor, times: Sequence[float], noise: Run) -> Tensor:
+        for t, s in itertools.pairwise(times):
+            sigma_t, sigma_s = (float(model.sde.sigma(u)) for u in (t, s))
+            alpha_s = max(0.0, 1 - sigma_s**2) ** 0.5
+            eps = model.predict("eps", x, t)
+            x0 = (x - sigma_t * eps) / max(1e-9, 1 - sigma_t**2) ** 0.5
+            x = alpha_s * x0 + sigma_s * eps
+        return x
+
+    right, everywhere = (
+        ss.certify(BlackBox(of_vp, gridded=True, order=1, sde=sde), **QUICK)
+        for sde in (ss.VP(), None)
+    )
+    assert failed(right) == {"refuses a model of the wrong shape"}
+    assert "any process but VP" in right.not_proved[0]
+    on = {world.process.partition("(")[0]: failed(world) for world in everywhere.worlds}
+    assert on["VP"] == failed(right) and "order 1 of the path" in on["EDM"]
 
 
 def test_a_sampler_that_is_not_affine_has_no_exact_law() -> None:

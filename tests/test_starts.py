@@ -181,6 +181,14 @@ def test_no_solver_tells_of_data_that_are_drowned(
         assert told_of(sde, mean, std, 1, solver=solver, seed=seed) == []
 
 
+@pytest.mark.parametrize(
+    ("sde", "std"), [(ss.VP(beta_max=5), 0.5), (ss.VP(beta_max=5), 2), (ss.EDM(sigma_max=10), 2)]
+)
+def test_samples_whose_std_is_off_by_two_per_cent_are_told_of(sde: GaussianSDE, std: float) -> None:
+    (text,) = told_of(sde, 0, std, 8000, solver="dpmpp_2m")
+    assert "still holds the data there" in text
+
+
 def test_a_network_that_errs_at_the_start_is_not_taken_for_far_data() -> None:
     def noisy(x: Tensor, t: Tensor) -> Tensor:
         rate = 0.6 * (7919 * x).sin()  # 0.42 of the noise, another one for every sample

@@ -16,19 +16,35 @@ by exp(2 int |df/dy|) in all if it is weak (leapfrog) and without end if it lies
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from scoresolve.certificates.affine import affine_law
 from scoresolve.certificates.certificate import Check
-from scoresolve.models import prediction_rows
+from scoresolve.certificates.probes import ENDLESS, Watched
+from scoresolve.certificates.randomness import Draws, Seeded
+from scoresolve.models import Model, prediction_rows
+from scoresolve.peers import BlackBox
 from scoresolve.plans import Plan
 from scoresolve.plans.stages import Call, Combine, Mark
+from scoresolve.sde import GaussianSDE, SchedulePoint, TimeLike, as_time
+from scoresolve.targets import gaussian
 
-__all__ = ["Stability", "amplification", "rounding_errors", "stability_checks", "stability_of"]
+__all__ = [
+    "Stability",
+    "amplification",
+    "rounding_errors",
+    "stability_checks",
+    "stability_of",
+    "stability_of_box",
+]
 
 Array = NDArray[np.float64]
 
@@ -75,6 +91,86 @@ def stability_of(plan: Plan) -> Stability:
     )
 
 
+def stability_of_box(
+    box: BlackBox, sde: GaussianSDE, n: Any, ends: tuple[float, float]
+) -> Stability:
+    """The same numbers of a sampler that is an affine map, from its answers alone.
+
+    Args:
+        box: the sampler.
+        sde: the process.
+        n: its number of steps, or its times.
+        ends: the times of the states it is given and of those it returns.
+
+    Raises:
+        NotAffine: it is no affine map.
+        Exception: whatever the sampler raises.
+    """
+    target = gaussian([0.0] * len(STDS), [std**2 for std in STDS])
+    law = affine_law(box, Watched(target.score_model(sde), ENDLESS), target, sde, n, ends)
+    gap = (law.covariance.diagonal().sqrt() - law.target_variance.sqrt()).abs()
+    gap = gap.nan_to_num(nan=math.inf)
+    # One row for every call, of which that call alone is answered with an error of 1.
+    nudged = Nudged(target.score_model(sde))
+    with Seeded(0), torch.no_grad(), Draws(lambda like, index: torch.zeros_like(like)):
+        y = box(nudged, torch.zeros(1 + law.calls, len(STDS), dtype=box.dtype), n, torch.randn_like)
+    moved: Array = (y[1:] - y[0]).double().numpy()
+    asked = [
+        Asked(*prediction_size(prediction, sde.point(t)), weight)
+        for (prediction, t), weight in zip(nudged.asked, moved, strict=True)
+    ]
+    start, end = ((float(sde.alpha(t)), float(sde.sigma(t))) if t > 0 else (1.0, 0.0) for t in ends)
+    return Stability(
+        law.calls,
+        float(gap.max()),
+        float(gap.square().mean().sqrt()),
+        float(_rounded(asked).max()),
+        float(_amplified(asked, STDS, start, end).max()) if end[1] > 0 else math.nan,
+    )
+
+
+class Nudged(Model):
+    """A model whose k-th answer is 1 too large for row k + 1 of the states.
+
+    Attributes:
+        asked: what was asked for and at which time, call by call.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.model, self.sde, self.data_scale = model, model.sde, model.data_scale
+        self.asked: list[tuple[str, float]] = []
+
+    def predict(self, prediction: str, x: Tensor, t: TimeLike, **cond: Any) -> Tensor:
+        m = self.model.predict(prediction, x, t).clone()
+        self.asked.append((prediction, float(as_time(t).max())))
+        if len(self.asked) < len(x):
+            m[len(self.asked)] += 1
+        return m
+
+
+class Asked(NamedTuple):
+    """One prediction p x0 + q eps, and what an error of it makes of the output.
+
+    Attributes:
+        p, q: of the prediction; 0 and -1/sigma for the score.
+        alpha, sigma: where it was asked for.
+        weight: derivative of the output by it, [D].
+    """
+
+    p: float
+    q: float
+    alpha: float
+    sigma: float
+    weight: Array
+
+
+def prediction_size(prediction: str, point: SchedulePoint) -> tuple[float, float, float, float]:
+    """p, q, alpha and sigma of a prediction at a point."""
+    p, q = map(float, prediction_rows(prediction, point))
+    alpha, sigma = float(point.alpha), float(point.sigma)
+    return (0.0, -1 / sigma, alpha, sigma) if prediction == "score" else (p, q, alpha, sigma)
+
+
 def rounding_errors(plan: Plan, stds: Sequence[float]) -> Array:
     """Standard deviation of the output of data of unit size under a network in half precision.
 
@@ -85,10 +181,11 @@ def rounding_errors(plan: Plan, stds: Sequence[float]) -> Array:
     Returns:
         One number for each coordinate, [D].
     """
-    total = np.zeros(len(stds))
-    for call, weight in _weights(plan, stds):
-        p, q = _rows(call)
-        total += (weight * (abs(p) + abs(q))) ** 2
+    return _rounded(_weights(plan, stds))
+
+
+def _rounded(asked: Sequence[Asked]) -> Array:
+    total: Array = sum((a.weight * (abs(a.p) + abs(a.q))) ** 2 for a in asked)  # type: ignore[assignment]
     return HALF * np.sqrt(total)
 
 
@@ -103,30 +200,31 @@ def amplification(plan: Plan, stds: Sequence[float]) -> Array:
         plan: with linear stages, on a Gaussian process.
         stds: sqrt(v) of D independent coordinates of Gaussian data.
     """
+    assert plan.start is not None and plan.end is not None
+    start, end = ((float(point.alpha), float(point.sigma)) for point in (plan.start, plan.end))
+    return _amplified(_weights(plan, stds), stds, start, end)
+
+
+def _amplified(
+    asked: Sequence[Asked],
+    stds: Sequence[float],
+    start: tuple[float, float],
+    end: tuple[float, float],
+) -> Array:
     std = np.array(stds, dtype=np.float64)
     total = np.zeros_like(std)
-    for call, weight in _weights(plan, stds):
-        assert call.point is not None
-        p, q = _rows(call)
-        if call.point.alpha > 0:
-            total += abs(weight * (q - p * float(call.point.sigma) / float(call.point.alpha)))
-    assert plan.start is not None and plan.end is not None
-    top = float(plan.start.sigma) / max(float(plan.start.alpha), np.finfo(float).tiny ** 0.25)
-    alpha, sigma = float(plan.end.alpha), float(plan.end.sigma)
+    for p, q, alpha, sigma, weight in asked:
+        if alpha > 0:
+            total += abs(weight * (q - p * sigma / alpha))
+    top = start[1] / max(start[0], np.finfo(float).tiny ** 0.25)
+    alpha, sigma = end
     reach = np.arcsinh(top / std) - np.arcsinh(sigma / alpha / std)
     exact: Array = np.hypot(alpha * std, sigma) * reach
     return total / exact
 
 
-def _rows(call: Call) -> tuple[float, float]:
-    """p and q of the prediction p x0 + q eps; -1/sigma for the score."""
-    assert call.point is not None
-    p, q = map(float, prediction_rows(call.prediction, call.point))
-    return (0.0, -1 / float(call.point.sigma)) if call.prediction == "score" else (p, q)
-
-
-def _weights(plan: Plan, stds: Sequence[float]) -> list[tuple[Call, Array]]:
-    """Every call with the derivative of the output by its prediction, [D], calls in between
+def _weights(plan: Plan, stds: Sequence[float]) -> list[Asked]:
+    """What every call asks for, and what an error of it makes of the output, calls in between
     answered by the exact model."""
     variance = np.square(np.array(stds, dtype=np.float64))
     zero = np.zeros_like(variance)
@@ -138,9 +236,8 @@ def _weights(plan: Plan, stds: Sequence[float]) -> list[tuple[Call, Array]]:
         weight = adjoint.pop(stage.out)
         if isinstance(stage, Call):
             assert stage.point is not None
-            found.append((stage, weight))
-            p, q = _rows(stage)
-            alpha, sigma = float(stage.point.alpha), float(stage.point.sigma)
+            p, q, alpha, sigma = prediction_size(stage.prediction, stage.point)
+            found.append(Asked(p, q, alpha, sigma, weight))
             slope = (p * alpha * variance + q * sigma) / (alpha**2 * variance + sigma**2)
             adjoint[stage.x] = adjoint.get(stage.x, zero) + slope * weight
         elif isinstance(stage, Combine):

@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from scoresolve.certificates.affine import NotAffine
 from scoresolve.certificates.certificate import Certificate, Check, joined
 from scoresolve.certificates.conduct import Foreign, Ours, conduct
 from scoresolve.certificates.measured import Draw, Drawn, law_checks
@@ -26,13 +27,18 @@ from scoresolve.certificates.orders import (
     start_for,
 )
 from scoresolve.certificates.randomness import Seeded
-from scoresolve.certificates.stability import BUDGETS, stability_checks, stability_of
+from scoresolve.certificates.stability import (
+    BUDGETS,
+    stability_checks,
+    stability_of,
+    stability_of_box,
+)
 from scoresolve.errors import ArgumentError, ScoresolveError, real_number, whole_number
 from scoresolve.models import Model
 from scoresolve.peers import BlackBox, refined
 from scoresolve.precision import default_on_host
 from scoresolve.sampling import sample
-from scoresolve.sde import VP, GaussianSDE, RectifiedFlow
+from scoresolve.sde import EDM, VP, GaussianSDE, RectifiedFlow
 from scoresolve.solvers import Integrator, Solver, get_solver, nfe_rule
 from scoresolve.targets import gaussian
 
@@ -41,6 +47,8 @@ __all__ = ["certify"]
 
 WORLDS = (VP, RectifiedFlow)
 """Where alpha^2 + sigma^2 = 1, which hides factors of the one, and where alpha + sigma = 1."""
+BOX_WORLDS = (VP, EDM)
+"""Those of a `BlackBox`, which need not know what to do where alpha = 0."""
 REFINEMENTS = (64, 128, 256, 512)
 """Numbers of steps: the first three, two on further processes, more while a claim fails."""
 STEPS, FINER = 200, 4
@@ -61,7 +69,8 @@ def certify(
     """Measure what a solver does where the answer is known, and hold it against its claims.
 
     A solver runs on two processes that differ in kind, `VP()` and `RectifiedFlow()`, unless one is
-    given: a fault may hide where alpha^2 + sigma^2 = 1. A `BlackBox` runs on its own.
+    given: a fault may hide where alpha^2 + sigma^2 = 1. So does a `BlackBox` that names no process
+    of its own, on `VP()` and `EDM()`.
 
     On Gaussian data the law of a sampler is exact, so orders of mean, covariance and path and
     the bias at a budget come out to rounding, without sampling; on a mixture a deterministic one
@@ -75,8 +84,7 @@ def certify(
     Args:
         solver: a name of the registry, a `Solver`, an `Integrator`, or a `BlackBox`, a sampler
             that anyone wrote.
-        sde: a Gaussian process; both of the above if omitted, for a
-            `BlackBox` its own or `VP()`.
+        sde: a Gaussian process; both of the above if omitted, or the own one of a `BlackBox`.
         refinements: increasing numbers of steps, each at least 2, and at least two of them; 64,
             128, 256 and, where an order is not reached yet, 512 if omitted.
         budgets: network calls at which the bias is reported; steps of a `BlackBox`.
@@ -106,9 +114,8 @@ def certify(
         one = functools.partial(_of_box, box)
     else:
         one = functools.partial(_of_solver, get_solver(solver))
-    if bound is None and isinstance(solver, BlackBox):
-        bound = VP()
-    processes = [world() for world in WORLDS] if bound is None else [bound]
+    kinds = BOX_WORLDS if isinstance(solver, BlackBox) else WORLDS
+    processes = [kind() for kind in kinds] if bound is None else [bound]
     worlds = list[Certificate]()
     for process in processes:
         least = 2 if worlds else 3
@@ -255,9 +262,16 @@ def _of_box(
         steps, (errors, orders, checks) = _orders(boxed, tries, margin)
     bias = biases(boxed, budgets) if orders else ()
     checks += finite_checks(bias)
-    rest = ["stability with few calls, on narrow data and under rounding of the network"]
+    rest = list[str]()
     manners = conduct(Foreign(box, sde, *boxed.whole(8)))
-    if not orders:
+    if orders:
+        try:
+            found = [stability_of_box(box, sde, *boxed.whole(budget)) for budget in BUDGETS]
+            stable, rest = stability_checks(found, box.name, box.order is not None)
+            checks += stable
+        except NotAffine as error:
+            rest = [f"stability, as it {error}"]
+    else:
         rest = ["an exact law: orders, biases and stability"]
         if all(check.passed for check in [*checks, *manners[:1]]):
             measured, notes = _measured_box(box, boxed, steps[-1])
