@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
@@ -32,6 +31,8 @@ __all__ = [
     "on_host",
 ]
 
+from scoresolve.precision import default_on_host
+
 P = ParamSpec("P")
 R = TypeVar("R")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#555555")
@@ -45,7 +46,7 @@ def on_host(draw: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(draw)
     def drawn(*values: P.args, **named: P.kwargs) -> R:
-        with torch.device("cpu"):
+        with default_on_host():
             return draw(*values, **named)
 
     return drawn

@@ -242,9 +242,10 @@ class PredictorCorrector(Solver):
         corrector: a `Corrector`.
         every: a corrector after each so many steps, >= 1, as in the published algorithm with 1.
             If omitted that of the corrector: 1, but for `LangevinCorrector` 2 after a predictor
-            of first order and 16 after others. With these and its default snr, at 200 calls and
-            widths of the data from 0.25 to 2, no variance of any predictor's law is off by 5 % on
-            VP, EDM or RectifiedFlow (by 9 % with 1 and 0.25).
+            of first order and 16 after others. With these and its default snr the exact law at
+            200 calls has variances within 5 % and, in up to 64 dimensions, at most 0.13 nats more
+            of a log-density gap than the predictor alone, for the predictors, processes and widths
+            of tests/test_correctors.py; elsewhere up to 0.5 nats more were seen in 64 dimensions.
 
     Raises:
         ArgumentError: `every` is not a whole number >= 1.
