@@ -14,6 +14,7 @@ import scoresolve as ss
 from scoresolve.errors import ArgumentError, GridError, ModelWarning, ShapeError
 from scoresolve.noise import NoiseSource, Purpose, Times, first_draw
 from scoresolve.sde import GaussianSDE
+from scoresolve.tuning import PriorMismatch, data_at_start
 
 PROCESSES = [ss.VP(), ss.VE(), ss.EDM(), ss.RectifiedFlow()]
 TARGET = ss.targets.gaussian([0.0], 0.25)
@@ -199,6 +200,34 @@ def test_a_network_that_errs_at_the_start_is_not_taken_for_far_data() -> None:
         ss.sample(lambda x, t: -x, ss.VP(), shape=(3,), solver="ddim", dtype=torch.float64)
         for count in (2, 64):
             ss.sample(ss.from_eps(noisy, ss.VP()), ss.VP(), shape=(count, 64), solver="ddim")
+
+
+def test_noise_of_a_network_is_no_mean_of_the_data() -> None:
+    """64 answers off by 0.5 at random have a mean of 0.06, which is not that of the data."""
+    sde, starts = ss.VP(), torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    errors = torch.randn(64, 64, generator=torch.Generator().manual_seed(1)) / 2
+    far = torch.full((64, 64), 300.0)
+
+    def found(mean: float, share: float) -> PriorMismatch | None:
+        """Of answers share x + (1 - share) mean, as they are where x keeps a share of the data."""
+        kept = 1 - share
+        model = ss.from_eps(lambda x, t: kept * (x - mean) - errors, sde)
+        return data_at_start(model, sde, (1.0, 1e-3), far, lambda: (starts, {}))[0]
+
+    assert found(0.0, 0.0) is None
+    for share in (0.0, 0.3):
+        mismatch = found(0.3, share)
+        assert mismatch is not None and mismatch.mean == pytest.approx(0.3, abs=0.03)
+        assert mismatch.std == pytest.approx((1 - share) ** -0.5, rel=0.02)
+
+
+def test_samples_of_a_later_time_are_data_shrunk_by_alpha() -> None:
+    sde, model = ss.VP(), ss.from_eps(lambda x, t: x, ss.VP())
+    shrunk = float(sde.alpha(0.5))
+    for mean, asked in ((1.0, 0), (10.0, 64)):  # 0.01 and 0.07 of the noise at T
+        x = torch.full((64, 2), mean * shrunk)
+        rows = data_at_start(model, sde, (1.0, 0.5), x, lambda: (torch.zeros(64, 2), {}))[1]
+        assert rows == asked
 
 
 def test_far_means_that_follow_a_condition_are_told() -> None:

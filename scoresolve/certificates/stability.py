@@ -185,8 +185,10 @@ def rounding_errors(plan: Plan, stds: Sequence[float]) -> Array:
 
 
 def _rounded(asked: Sequence[Asked]) -> Array:
-    total: Array = sum((a.weight * (abs(a.p) + abs(a.q))) ** 2 for a in asked)  # type: ignore[assignment]
-    return HALF * np.sqrt(total)
+    sizes = np.array([a.weight * (abs(a.p) + abs(a.q)) for a in asked])
+    with np.errstate(over="ignore"):  # of an unstable sampler
+        total: Array = HALF * np.sqrt(np.square(sizes).sum(0))
+    return total
 
 
 def amplification(plan: Plan, stds: Sequence[float]) -> Array:
