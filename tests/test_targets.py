@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import OwnGaussian, generator, normal, processes, seeds
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -824,3 +825,15 @@ def test_bad_calls_are_refused_with_the_reason(call, error, message):
 
 def _model(mix: GaussianMixture) -> Model:
     return mix.score_model(VP())
+
+
+def test_a_time_that_is_a_dual_number_has_a_tangent() -> None:
+    """A single number is taken for a float where nothing is lost, as a tangent would be."""
+    model = GaussianMixture([0.3, 0.7], [[-1.0, 0.0], [1.0, 0.5]], 0.2).score_model(VP())
+    x = torch.tensor([[0.3, -0.2]], dtype=torch.float64)
+    t, h = torch.tensor(0.4, dtype=torch.float64), 1e-5
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(t, torch.ones_like(t))
+        tangent = forward_ad.unpack_dual(model.predict("x0", x, dual)).tangent
+    expected = (model.predict("x0", x, t + h) - model.predict("x0", x, t - h)) / (2 * h)
+    torch.testing.assert_close(tangent, expected, rtol=1e-7, atol=1e-8)
