@@ -93,6 +93,14 @@ def test_a_consistent_sampler_that_is_unstable_fails() -> None:
     assert failed(found) >= {"does not blow up narrow data or small errors"}
 
 
+def test_the_stability_of_a_sampler_that_asks_row_by_row_is_not_proved() -> None:
+    def by_row(model: ss.Model, x: Tensor, times: Sequence[float], noise: Run) -> Tensor:
+        return torch.cat([ours("ddim")(model, row[None], times, noise) for row in x])
+
+    found = ss.certify(box(by_row, order=1, sde=ss.VP()), **QUICK)
+    assert any(text.startswith("stability: ") for text in found.not_proved), found.not_proved
+
+
 def test_a_process_wired_in_is_seen_on_another_unless_the_sampler_names_it() -> None:
     def of_vp(model: ss.Model, x: Tensor, times: Sequence[float], noise: Run) -> Tensor:
         for t, s in itertools.pairwise(times):

@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from scoresolve.certificates.affine import affine_law
+from scoresolve.certificates.affine import NotAffine, affine_law
 from scoresolve.certificates.certificate import Check
 from scoresolve.certificates.probes import ENDLESS, Watched
 from scoresolve.certificates.randomness import Draws, Seeded
@@ -114,6 +114,8 @@ def stability_of_box(
     nudged = Nudged(target.score_model(sde))
     with Seeded(0), torch.no_grad(), Draws(lambda like, index: torch.zeros_like(like)):
         y = box(nudged, torch.zeros(1 + law.calls, len(STDS), dtype=box.dtype), n, torch.randn_like)
+    if len(nudged.asked) != law.calls:
+        raise NotAffine(f"{law.calls} calls for 2 states and {len(nudged.asked)} for {len(y)}")
     moved: Array = (y[1:] - y[0]).double().numpy()
     asked = [
         Asked(*prediction_size(prediction, sde.point(t)), weight)
@@ -168,7 +170,9 @@ def prediction_size(prediction: str, point: SchedulePoint) -> tuple[float, float
     """p, q, alpha and sigma of a prediction at a point."""
     p, q = map(float, prediction_rows(prediction, point))
     alpha, sigma = float(point.alpha), float(point.sigma)
-    return (0.0, -1 / sigma, alpha, sigma) if prediction == "score" else (p, q, alpha, sigma)
+    if prediction == "score":
+        p, q = 0.0, -1 / sigma if sigma else -math.inf
+    return p, q, alpha, sigma
 
 
 def rounding_errors(plan: Plan, stds: Sequence[float]) -> Array:

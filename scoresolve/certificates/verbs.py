@@ -270,7 +270,7 @@ def _of_box(
             stable, rest = stability_checks(found, box.name, box.order is not None)
             checks += stable
         except NotAffine as error:
-            rest = [f"stability, as it {error}"]
+            rest = [f"stability: {error}"]
     else:
         rest = ["an exact law: orders, biases and stability"]
         if all(check.passed for check in [*checks, *manners[:1]]):
